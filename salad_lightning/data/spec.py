@@ -1,0 +1,33 @@
+"""The one small value that the model hands to the data: all that sequence building must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["SequenceSpec"]
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """How long things are and how they are tokenised, known before any model runs.
+
+    Attributes:
+        tokenizer: The LLM's fast tokenizer (offsets are needed to cut at word boundaries).
+        context: Positions in a row.
+        sample_rate_hz: What the encoder takes; other audio is resampled.
+        causal: Whether spans may be cut out of a whole encoded utterance (`Encoder.causal`).
+        num_frames: Samples of a clip to encoder frames (`Encoder.output_lengths`).
+        frame_span: ``(start_s, end_s)`` to frames ``[first, last)`` of a whole utterance (`Encoder.frame_span`).
+        num_positions: ``(frames, words)`` of a span to the positions it fills, switch embeddings included.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    context: int
+    sample_rate_hz: int
+    causal: bool
+    num_frames: Callable[[int], int]
+    frame_span: Callable[[float, float], tuple[int, int]]
+    num_positions: Callable[[int, int], int]
