@@ -69,7 +69,7 @@ class ObjectiveOutput(NamedTuple):
     """
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # nobody calls tuple.count here
     parts: dict[str, Tensor]
 
 
@@ -122,6 +122,7 @@ class SpeechBatch:
         num_positions: Positions of student rows that are not padding (a Python int: no device sync).
         audio_seconds: Seconds of speech inside the spans.
         stream_state: Where the stream stood after this batch; plain data. See ``salad_lightning.data.stream``.
+        max_span_frames: Frames of the longest span; derived.
     """
 
     input_ids_BS: Tensor
@@ -146,6 +147,12 @@ class SpeechBatch:
     num_positions: int = 0
     audio_seconds: float = 0.0
     stream_state: dict[str, Any] = field(default_factory=dict)
+    max_span_frames: int = 0
+
+    def __post_init__(self) -> None:
+        """Read the longest span once, on the host, where the batch is built: later it would cost a device sync."""
+        if not self.max_span_frames and self.span_num_frames_K.numel():
+            self.max_span_frames = int(self.span_num_frames_K.max())
 
     @property
     def num_predicted(self) -> int:

@@ -31,3 +31,28 @@ class SequenceSpec:
     num_frames: Callable[[int], int]
     frame_span: Callable[[float, float], tuple[int, int]]
     num_positions: Callable[[int, int], int]
+
+    @classmethod
+    def text_only(cls, tokenizer: PreTrainedTokenizerFast, context: int) -> SequenceSpec:
+        """For a model that takes no audio: sources with audio are read as their transcripts."""
+        return cls(
+            tokenizer=tokenizer,
+            context=context,
+            sample_rate_hz=0,
+            causal=True,
+            num_frames=_no_frames,
+            frame_span=_no_span,
+            num_positions=_no_positions,
+        )
+
+
+def _no_frames(num_samples: int) -> int:
+    return 0
+
+
+def _no_span(start_s: float, end_s: float) -> tuple[int, int]:
+    return 0, 0
+
+
+def _no_positions(frames: int, words: int) -> int:
+    return 0

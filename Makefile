@@ -1,0 +1,46 @@
+# Everything a contributor types. Each target sets up .venv when it is missing or out of date, and starts at once when not.
+#   make demo    the miniature world: train, measure, plot
+#   make test    the whole test suite, with coverage
+#   make check   lint, types, tests
+#   make lint    lint and types alone
+#   make bench   benchmarks/ through its resumable grid runner
+PYTHON ?= python3
+# Test processes side by side, each with one thread.
+JOBS ?= 2
+# `make test` fails below this coverage of the package, in percent.
+COVERAGE ?= 0
+BENCH ?= --budget-minutes 60
+
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+# By content and place, not by time: a checkout touches files, and a .venv may come from another folder.
+STATE := $(shell { pwd; cat setup.cfg constraints.txt $(PLUGINS:%=%/pyproject.toml); } | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.installed-$(STATE)
+
+.PHONY: install demo test check lint bench
+install: $(STAMP)
+
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e '.[demo,quantization,lora,test,dev]' $(PLUGINS:%=-e ./%)
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m salad_lightning demo $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15 \
+		--cov --cov-report term:skip-covered --cov-fail-under $(COVERAGE) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+check: lint test
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(BENCH)

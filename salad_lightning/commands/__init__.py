@@ -1,0 +1,1 @@
+"""The subcommands of ``salad-lightning`` that have no package of their own."""

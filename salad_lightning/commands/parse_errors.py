@@ -1,0 +1,120 @@
+"""From jsonargparse's errors to one that names the key, the place and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from salad_lightning.commands.settings import Setting
+from salad_lightning.errors import UserError
+from salad_lightning.interfaces import Connector, Encoder, Objective, Synthesizer
+
+__all__ = ["explain"]
+
+_UNKNOWN_KEY = re.compile(
+    r"Option '(?P<option>[^']+)' is not accepted"
+    r"|does not accept (?:option|nested key) '(?P<nested>[^']+)'"
+    r"|unrecognized arguments: --(?P<argument>[^\s=]+)"
+    r"|Key '(?P<key>[^']+)' is not expected"
+)
+_MISSING_KEYS = re.compile(r"the following arguments are required: (.+)|Key ['\"]([^'\"]+)['\"] is required")
+_WRONG_VALUE = re.compile(r"Expected (?:a|an|to be) (?!<class 'NoneType'>)(.+?)\. Got value: (.*)")
+_PARENT_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS_PATH = re.compile(r"class_path[ =]'([^']+)'")
+# Lines, and beginnings of lines, that only describe the search; what is left of a message is its point.
+_NOISE = re.compile(
+    r"^[\s-]*(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
+    r"|Parser key|Problem with given class_path).*|Type <class '[\w.]+'> expects a function or a callable class: "
+)
+_WRAPPERS = re.compile(r"\.(class_path|init_args|dict_kwargs)\b")
+
+
+def explain(error: Exception, parser: ArgumentParser, settings: Sequence[Setting], subcommand: str) -> UserError:
+    """Say the same as ``error``, in one message that a user can act on.
+
+    Args:
+        error: What jsonargparse raised.
+        parser: The subcommand's parser; knows the top-level keys.
+        settings: What was set, and where.
+        subcommand: Whose ``--help`` to point to.
+    """
+    message = str(error)
+    parents = [_short(key) for key in _PARENT_KEY.findall(message)]
+    if match := _UNKNOWN_KEY.search(message):
+        key = ".".join([*parents, _short(next(filter(None, match.groups())))])
+        root, _, last = key.rpartition(".")
+        return UserError(
+            f"there is no key {key!r}",
+            where=_place(key, settings),
+            cure=_nearest(last, _valid_keys(root, message, parser)),
+        )
+    if match := _MISSING_KEYS.search(message):
+        keys = [".".join([*parents, _short(key)]) for key in re.split(r",\s*", match[1] or match[2])]
+        return UserError(f"missing: {', '.join(keys)}", cure=f"set it in a YAML file or by --{keys[0]}=…")
+    key, help_command = ".".join(parents), f"salad-lightning {subcommand} --help"
+    if match := _WRONG_VALUE.search(message):
+        expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1])
+        what = f"{key!r} takes {expected}, not {match[2].strip()!r}"
+        return UserError(what, where=_place(key, settings), cure=help_command)
+    lines = [text for line in message.splitlines() if (text := _NOISE.sub("", line).strip(" -"))]
+    what = "\n    ".join([f"{key}: {lines[0]}" if key and lines else key, *lines[1:]])
+    return UserError(what, where=_place(key, settings), cure=help_command)
+
+
+def _short(key: str) -> str:
+    return _WRAPPERS.sub("", key)
+
+
+def _place(key: str, settings: Sequence[Setting]) -> str:
+    """Where a key was last set; the last one wins in jsonargparse too."""
+    return next((setting.where for setting in reversed(settings) if setting.key == key), "")
+
+
+def _nearest(key: str, valid: Sequence[str]) -> str:
+    if close := difflib.get_close_matches(key, valid, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"keys here: {', '.join(valid)}" if valid else "nothing can be set here: remove it"
+
+
+def _valid_keys(root: str, message: str, parser: ArgumentParser) -> list[str]:
+    if class_paths := _CLASS_PATH.findall(message):
+        cls = _known_class(class_paths[-1])
+        return sorted(_init_keys(cls)) if cls else []
+    prefix = f"{root}." if root else ""
+    destinations = (action.dest for action in parser._actions if action.dest.startswith(prefix))
+    return sorted({dest.removeprefix(prefix).split(".")[0] for dest in destinations} - {"help"})
+
+
+def _known_class(class_path: str) -> type | None:
+    """The class jsonargparse meant: it has been imported, as a subclass of one of these."""
+    bases = (LightningModule, LightningDataModule, Encoder, Connector, Objective, Synthesizer)
+    for cls in _subclasses(bases):
+        if f"{cls.__module__}.{cls.__qualname__}" == class_path:
+            return cls
+    return None
+
+
+def _subclasses(classes: Iterable[type]) -> Iterable[type]:
+    for cls in classes:
+        yield cls
+        yield from _subclasses(cls.__subclasses__())
+
+
+# What the model supplies when it builds a part; not for users to set.
+_RUNTIME = ("self", "encoder_dim", "llm_dim")
+
+
+def _init_keys(cls: type) -> list[str]:
+    keys: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            keys += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return [key for key in dict.fromkeys(keys) if key not in _RUNTIME]

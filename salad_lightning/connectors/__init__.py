@@ -1,0 +1,1 @@
+"""Connectors: encoder frames to LLM embeddings, span by span."""

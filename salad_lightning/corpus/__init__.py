@@ -1,0 +1,1 @@
+"""Corpora, prepared offline: manifests to shards."""

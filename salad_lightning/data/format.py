@@ -1,0 +1,287 @@
+"""What is in a shard: the only file that knows.
+
+A shard is a WebDataset tar. A sample is ``{key}.json`` with ``{"text": …, "words": [[word, start_s, end_s], …], …}``
+beside ``{key}.flac`` (or another extension of `AUDIO_EXTENSIONS`); plain text is ``{key}.json`` alone. ``words`` is
+optional; every other JSON field is kept. Nothing in a shard is ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+import webdataset
+from numpy.typing import NDArray
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from salad_lightning.errors import UserError
+from salad_lightning.interfaces import TimedWord
+
+__all__ = ["AUDIO_EXTENSIONS", "RawSample", "ShardWriter", "Utterance", "decode", "encode_flac", "read_shard"]
+
+AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
+"""Decoded with soundfile, whose wheel carries its own codecs."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as read from its shard, not yet decoded, so that buffering and skipping samples is cheap.
+
+    Attributes:
+        key: The sample's key.
+        shard: Path of its shard, for messages.
+        members: File extension to content.
+    """
+
+    key: str
+    shard: str
+    members: dict[str, bytes]
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether one of the members is audio."""
+        return any(extension in self.members for extension in AUDIO_EXTENSIONS)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One sample of a shard: a text, and where it is spoken, its audio.
+
+    Attributes:
+        key: The sample's key.
+        source: Name of the source it is read for.
+        text: Transcript, with case and punctuation.
+        words: Spoken units in order with their times, or None where the shard has none.
+        audio: ``[L]`` float32 mono at the rate asked for, or None for plain text.
+        fields: The remaining JSON fields.
+        shard: Path of its shard, for messages.
+    """
+
+    key: str
+    source: str
+    text: str
+    words: list[TimedWord] | None = None
+    audio: NDArray[np.float32] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    shard: str = ""
+
+    @property
+    def where(self) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shard}: {self.key}" if self.shard else self.key
+
+    def with_audio_of(self, other: Utterance) -> Utterance:
+        """This transcript over another utterance's audio: the "shuffled" control."""
+        fields = {name: value for name, value in self.fields.items() if name != "speech_end_s"}
+        if "speech_end_s" in other.fields:
+            fields["speech_end_s"] = other.fields["speech_end_s"]
+        return dataclasses.replace(self, audio=other.audio, words=None, fields=fields)
+
+
+def read_shard(path: str | Path) -> Iterator[RawSample]:
+    """Samples of a shard in the order of the tar.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        UserError: If the file is missing or not a readable tar, or a key occurs twice in a row with the same extension.
+    """
+    try:
+        with open(path, "rb") as stream:
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+                members = {name: value for name, value in sample.items() if not name.startswith("__")}
+                yield RawSample(sample["__key__"], str(path), members)
+    except OSError as error:
+        raise UserError(f"cannot be opened ({error})", where=str(path), cure="check the `shards` path") from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        message = str(error.args[0]) if error.args else type(error).__name__
+        raise UserError(
+            f"not a readable shard ({message})", where=str(path), cure="write it again with `salad-lightning prepare`"
+        ) from error
+
+
+def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
+    """Parse and decode a sample.
+
+    Args:
+        raw: What `read_shard` gave.
+        source: Name to put on the utterance.
+        sample_rate_hz: Rate the audio is resampled to where it differs.
+
+    Raises:
+        UserError: If the JSON is missing, is no object or has no text, if the audio cannot be decoded, or if word
+            times are malformed.
+    """
+    where = f"{raw.shard}: {raw.key}"
+    record = _parse_json(raw, where)
+    text = record.pop("text", None)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError("the JSON has no `text`", where=where, cure="give every sample its transcript")
+    words = _parse_words(record.pop("words", None), where)
+    audio = None
+    extension = next((extension for extension in AUDIO_EXTENSIONS if extension in raw.members), None)
+    if extension is not None:
+        audio = _decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
+    return Utterance(raw.key, source, text, words, audio, record, raw.shard)
+
+
+def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:
+    """Mono audio ``[L]`` in [-1, 1] as 16-bit FLAC.
+
+    Raises:
+        ValueError: If ``audio`` is empty or has more than one axis.
+    """
+    if audio.ndim != 1 or audio.size == 0:
+        raise ValueError(f"expected audio of shape [L] with L ≥ 1, got {audio.shape}")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+class ShardWriter:
+    """Writes samples into numbered shards of a folder; a shard gets its final name only when it is complete.
+
+    The same samples give the same bytes. Use it as a context manager; after an exception the unfinished shard is gone.
+
+    Args:
+        folder: Made if missing.
+        prefix: Shards are called ``{prefix}-{number:06d}.tar``.
+        samples_per_shard: Samples in every shard but the last.
+
+    Attributes:
+        paths: The finished shards.
+    """
+
+    def __init__(self, folder: str | Path, prefix: str, samples_per_shard: int = 1000) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+        self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.paths: list[Path] = []
+        self._open: tuple[Any, Any] | None = None  # file, tar writer
+        self._count = 0
+        self._keys: set[str] = set()
+
+    def write(self, key: str, record: dict[str, Any], audio: bytes | None = None, extension: str = "flac") -> None:
+        """Append a sample.
+
+        Args:
+            key: Unique; without ``.``, which WebDataset takes for the start of the extension.
+            record: The JSON, with ``text``.
+            audio: An encoded audio file, or None for plain text.
+            extension: The audio's extension, one of `AUDIO_EXTENSIONS`.
+
+        Raises:
+            ValueError: If the key has a dot or was used, or the extension is not read back.
+        """
+        if "." in key or not key or key in self._keys:
+            raise ValueError(f"keys must be new and without a dot, got {key!r}")
+        if extension not in AUDIO_EXTENSIONS:
+            raise ValueError(f"extension must be one of {AUDIO_EXTENSIONS}, got {extension!r}")
+        if self._open is None:
+            file = open(self._temporary, "wb")  # noqa: SIM115 closed in _finish or __exit__
+            # Fixed owner and time: the same samples give the same bytes.
+            self._open = file, webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False)
+        sample = {"__key__": key, "json": json.dumps(record, ensure_ascii=False, sort_keys=True).encode()}
+        if audio is not None:
+            sample[extension] = audio
+        self._open[1].write(sample)
+        self._keys.add(key)
+        self._count += 1
+        if self._count == self.samples_per_shard:
+            self._finish()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self.prefix}-{len(self.paths):06d}.tar.partial"
+
+    def _close(self) -> None:
+        if self._open is not None:
+            file, tar = self._open
+            tar.close()
+            file.close()
+            self._open, self._count = None, 0
+
+    def _finish(self) -> None:
+        temporary = self._temporary
+        self._close()
+        final = self.folder / temporary.name[1 : -len(".partial")]
+        os.replace(temporary, final)
+        self.paths.append(final)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open is None:
+            return
+        if kind is None:
+            self._finish()
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
+            self._close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:
+    if "json" not in raw.members:
+        raise UserError("the sample has no .json", where=where, cure="write shards with `salad-lightning prepare`")
+    try:
+        record = json.loads(raw.members["json"])
+    except ValueError as error:
+        raise UserError(f"the .json does not parse ({error})", where=where) from error
+    if not isinstance(record, dict):
+        raise UserError("the .json is not an object", where=where)
+    return record
+
+
+def _parse_words(words: Any, where: str) -> list[TimedWord] | None:
+    if words is None:
+        return None
+    try:
+        timed = [TimedWord(str(word), float(start), float(end)) for word, start, end in words]
+    except (TypeError, ValueError) as error:
+        raise UserError("`words` must be a list of [word, start_s, end_s]", where=where) from error
+    last_start = 0.0
+    for word in timed:
+        if not (last_start <= word.start_s <= word.end_s < float("inf")):
+            raise UserError(f"word times run backwards at {word}", where=where, cure="align this sample again")
+        last_start = word.start_s
+    return timed
+
+
+def _decode_audio(content: bytes, sample_rate_hz: int, where: str) -> NDArray[np.float32]:
+    try:
+        audio, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"the audio cannot be decoded ({error})", where=where) from error
+    if audio.shape[0] == 0:
+        raise UserError("the audio is empty", where=where)
+    mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    if rate != sample_rate_hz:
+        resampled = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(mono)))
+        mono = resampled.numpy()
+    return np.ascontiguousarray(mono)
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(from_hz: int, to_hz: int) -> torchaudio.transforms.Resample:
+    # Its filter kernel costs more than resampling one clip.
+    return torchaudio.transforms.Resample(from_hz, to_hz)

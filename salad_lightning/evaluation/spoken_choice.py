@@ -1,0 +1,73 @@
+"""Multiple choice: the option whose text has the highest mean log-probability per token wins."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salad_lightning.batch import DocumentInfo
+
+__all__ = ["SpokenChoice"]
+
+
+class SpokenChoice:
+    """Collects the scores of all options of all items and says how often the right one wins.
+
+    Length-normalised as in arXiv 2510.13632, section 5: sum of the option's token log-probabilities ÷ its tokens.
+    """
+
+    def __init__(self) -> None:
+        self._scores: dict[str, dict[int, float]] = defaultdict(dict)
+        self._items: dict[str, dict[str, Any]] = {}
+
+    def update(self, log_probs_M: Tensor, document_M: Tensor, documents: list[DocumentInfo]) -> None:
+        """Add the options of one batch; documents that are no option of an item are passed over.
+
+        Args:
+            log_probs_M: Log-probability of each predicted token.
+            document_M: Index into ``documents`` of each predicted token.
+            documents: The batch's documents.
+        """
+        zeros = torch.zeros(len(documents), dtype=torch.float64, device=log_probs_M.device)
+        total = zeros.scatter_add(0, document_M, log_probs_M.double())
+        count = zeros.scatter_add(0, document_M, torch.ones_like(log_probs_M, dtype=torch.float64))
+        means = (total / count.clamp(min=1)).tolist()
+        for info, mean in zip(documents, means, strict=True):
+            if info.choice is not None:
+                self._scores[info.key][info.choice] = mean
+                self._items[info.key] = info.fields
+
+    def gather(self) -> None:
+        """Join what all ranks collected (a no-op in one process)."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, (dict(self._scores), self._items))
+        for scores, items in everyone:
+            for key, options in scores.items():
+                self._scores[key].update(options)
+            self._items.update(items)
+
+    def accuracy(self, group_field: str | None = None) -> dict[str, float]:
+        """Share of items whose right option scores highest, 0 to 1.
+
+        Args:
+            group_field: JSON field of the items to break the result down by.
+
+        Returns:
+            ``{"all": …}``, or one entry for every value of the field.
+        """
+        right: dict[str, list[bool]] = defaultdict(list)
+        for key, options in self._scores.items():
+            fields = self._items[key]
+            group = "all" if group_field is None else str(fields.get(group_field, "none"))
+            best = max(options, key=lambda choice: options[choice])
+            right[group].append(best == int(fields["answer"]))
+        return {group: sum(flags) / len(flags) for group, flags in sorted(right.items())}
+
+    def __len__(self) -> int:
+        """Items collected."""
+        return len(self._scores)

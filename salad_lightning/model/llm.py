@@ -1,0 +1,203 @@
+"""A Hugging Face causal language model that keeps packed documents apart and opens the vocabulary only on request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
+
+from salad_lightning.batch import Head, Prediction
+from salad_lightning.errors import UserError
+
+__all__ = ["LanguageModel", "build_language_model", "load_config", "load_language_model", "load_tokenizer"]
+
+# Vocabularies are padded to round sizes (Qwen2.5-7B has 399 rows too many, DeepSeek 2,398 of 102,400).
+# Far more unused rows than that means that the tokenizer belongs to another model.
+_MAX_UNUSED_ROWS = 0.05
+
+
+class LanguageModel(nn.Module):
+    """A causal LM seen as: embeddings in, hidden states at chosen positions out, beside the head that reads them.
+
+    Args:
+        hf: Any Hugging Face causal LM that takes ``inputs_embeds`` and a 4-d attention mask.
+        vocab_size: Number of real tokens (``len(tokenizer)``); rows of the head beyond it are padding.
+
+    Attributes:
+        hf: The Hugging Face model, unchanged.
+    """
+
+    def __init__(self, hf: PreTrainedModel, vocab_size: int) -> None:
+        super().__init__()
+        self.hf = hf
+        self.vocab_size = vocab_size
+
+    @property
+    def dim(self) -> int:
+        """Width D of embeddings and hidden states."""
+        return int(self.hf.config.get_text_config().hidden_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The Transformer blocks: the units for sharding and checkpointing."""
+        layers = self.hf.base_model.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def head(self) -> Head:
+        """The head as it stands now. Under sharding, read it only inside a sharded module's forward."""
+        config = self.hf.config.get_text_config()
+        linear = self.hf.get_output_embeddings()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        soft_cap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), scale, soft_cap, self.vocab_size)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``[…, D]`` of ids ``[…]``."""
+        return self.hf.get_input_embeddings()(input_ids)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        position_ids_BS: Tensor,
+        document_ids_BS: Tensor,
+        at_M: Tensor,
+        *,
+        input_ids_BS: Tensor | None = None,
+        embeddings_BSD: Tensor | None = None,
+    ) -> Prediction:
+        """Hidden states at M flat positions of packed rows; documents never see each other.
+
+        Args:
+            position_ids_BS: Restart at 0 with every document.
+            document_ids_BS: Equal within a document; -1 for padding.
+            at_M: Flat positions in ``[B * S]``.
+            input_ids_BS: Token ids, or
+            embeddings_BSD: what stands in their place.
+        """
+        if embeddings_BSD is None:
+            assert input_ids_BS is not None, "give input_ids_BS or embeddings_BSD"
+            embeddings_BSD = self.embed(input_ids_BS)
+        hidden_BSD = self.hf.base_model(
+            inputs_embeds=embeddings_BSD,
+            position_ids=position_ids_BS,
+            attention_mask=self._mask(document_ids_BS, position_ids_BS),
+            use_cache=False,
+        ).last_hidden_state
+        return Prediction(hidden_BSD.flatten(0, 1)[at_M], self.head())
+
+    def _mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor | dict[str, Tensor]:
+        """True where a position may look: its own document, not ahead. Padding sees padding, so no row is empty."""
+        same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
+        full = same.tril()
+        config = self.hf.config.get_text_config()
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+            return full
+        near = position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < config.sliding_window
+        return {"full_attention": full, "sliding_attention": full & near}
+
+    @torch.no_grad()
+    def check_against_hugging_face(self) -> None:
+        """Compare our logits on a probe with the model's own, so that no unknown head feature is lost in silence.
+
+        Raises:
+            UserError: If they differ: the architecture does something with its logits that `Head` does not describe.
+        """
+        device = self.hf.get_input_embeddings().weight.device
+        ids = torch.arange(8, device=device)[None] % self.vocab_size
+        hidden, head = self(
+            torch.arange(8, device=device)[None],
+            torch.zeros_like(ids),
+            torch.arange(8, device=device),
+            input_ids_BS=ids,
+        )
+        logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+        if head.soft_cap:
+            logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
+        expected = self.hf(input_ids=ids, use_cache=False).logits[0].float()
+        tolerance = 1e-3 if expected.dtype == self.hf.dtype else 0.1
+        if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            raise UserError(
+                f"{type(self.hf).__name__} computes its logits in a way that is not supported: "
+                f"they differ from ours by up to {float((logits - expected).abs().max()):.2g}",
+                cure="use another language model, or report the architecture",
+            )
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration of the model at a folder or hub name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "a language model (no readable config.json)") from error
+
+
+def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+    """The fast tokenizer beside a model, checked against the model's vocabulary.
+
+    Raises:
+        UserError: If there is none, it is not a fast one, or it belongs to another model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "a tokenizer") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            "the tokenizer has no fast (Rust) version, whose character offsets are needed to cut at word boundaries",
+            where=path,
+            cure="use a model with a tokenizer.json",
+        )
+    rows = int(config.get_text_config().vocab_size)
+    if not rows * (1 - _MAX_UNUSED_ROWS) - 64 <= len(tokenizer) <= rows:
+        raise UserError(
+            f"tokenizer and LLM have different vocabularies: {len(tokenizer)} tokens, {rows} embedding rows",
+            where=path,
+            cure="put the tokenizer that the LLM was trained with into its folder",
+        )
+    return tokenizer
+
+
+def build_language_model(config: PreTrainedConfig, vocab_size: int) -> LanguageModel:
+    """A freshly initialised model, on the default device (so ``with torch.device("meta")`` costs no memory)."""
+    return LanguageModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), vocab_size)
+
+
+def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A trained model from a folder or hub name.
+
+    Raises:
+        UserError: If the weights are missing or the architecture is not supported.
+    """
+    try:
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "weights of a language model") from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"the weights lack {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them",
+            where=path,
+            cure="copy the model's folder again",
+        )
+    model = LanguageModel(hf, vocab_size)
+    model.check_against_hugging_face()
+    return model
+
+
+def _not_found(path: str, what: str) -> UserError:
+    if Path(path).is_dir():
+        held = ", ".join(sorted(entry.name for entry in Path(path).iterdir())[:8]) or "nothing"
+        return UserError(f"the folder does not hold {what}", where=path, cure=f"it holds: {held}; name another folder")
+    offline = " (HF_HUB_OFFLINE is set, so names on the hub are not looked up)" if os.getenv("HF_HUB_OFFLINE") else ""
+    return UserError(f"no such folder, nor a hub name that holds {what}{offline}", where=path, cure="check model.llm")

@@ -1,0 +1,167 @@
+"""The speech LLM: frozen encoder → trained connector → embeddings between text embeddings → LLM → next text token."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
+from salad_lightning.errors import UserError
+from salad_lightning.interfaces import Connector, ConnectorOutput, Encoder, Objective
+from salad_lightning.model.llm import LanguageModel
+
+__all__ = ["SpeechLLM", "freeze", "predict_transcripts"]
+
+
+class SpeechLLM(nn.Module):
+    """SALAD's model P (arXiv 2510.13632, section 3): knows nothing of training, data or devices.
+
+    Args:
+        llm: The language model that reads text and speech.
+        encoder: Frozen speech encoder.
+        connector: Maps encoder frames to LLM embeddings, span by span.
+        switch_embeddings: Learn one embedding before and one after every speech span. They are parameters of their
+            own, never vocabulary rows, and carry no loss.
+
+    Attributes:
+        layer_mix: ``[K]`` logits of the mix over the encoder's layers, where it offers more than one
+            (the weighted sum of SUPERB, arXiv 2105.01051).
+    """
+
+    def __init__(
+        self, *, llm: LanguageModel, encoder: Encoder, connector: Connector, switch_embeddings: bool = False
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.encoder = encoder.requires_grad_(False)
+        self.connector = connector
+        self.layer_mix = nn.Parameter(torch.zeros(encoder.num_layers)) if encoder.num_layers > 1 else None
+        self.switch = nn.Parameter(torch.randn(2, llm.dim) * 0.02) if switch_embeddings else None
+
+    def forward(self, batch: SpeechBatch, objective: Objective, teacher: Prediction | None) -> ObjectiveOutput:
+        """Summed loss of a batch. The objective runs in here because the head may be sharded outside.
+
+        Args:
+            batch: Packed rows.
+            objective: What to minimise.
+            teacher: The teacher's prediction of the same tokens, or None.
+        """
+        student, losses = self._predict(batch)
+        output = objective(student, teacher, batch.labels_M)
+        assert isinstance(output, ObjectiveOutput)
+        parts = output.parts | {name: loss.detach() for name, loss in losses.items()}
+        return ObjectiveOutput(sum(losses.values(), output.sum), output.count, parts)
+
+    def predict(self, batch: SpeechBatch) -> Prediction:
+        """P(· | c): the M text tokens predicted from interleaved text and speech."""
+        return self._predict(batch)[0]
+
+    def _predict(self, batch: SpeechBatch) -> tuple[Prediction, dict[str, Tensor]]:
+        embeddings_BSD, losses = self._splice(self.llm.embed(batch.input_ids_BS), batch)
+        prediction = self.llm(
+            batch.position_ids_BS, batch.document_ids_BS, batch.predict_at_M, embeddings_BSD=embeddings_BSD
+        )
+        assert isinstance(prediction, Prediction)
+        return prediction, losses
+
+    def predict_text(self, batch: SpeechBatch) -> Prediction:
+        """P(· | w): the same M tokens predicted by this model from the plain transcripts."""
+        return predict_transcripts(self.llm, batch)
+
+    def embed_speech(self, batch: SpeechBatch) -> ConnectorOutput:
+        """Embeddings ``[K, T, D]`` of all speech spans, their lengths ``[K]``, and the connector's own losses.
+
+        Each clip is encoded once; spans are slices of its frames, and the connector sees one span at a time.
+        """
+        with torch.no_grad():
+            frames_NTKD = self.encoder(batch.clips_NL, batch.clip_lengths_N).frames
+        offset_T = torch.arange(batch.max_span_frames, device=frames_NTKD.device)
+        inside_KT = offset_T < batch.span_num_frames_K[:, None]
+        index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)
+        frames_KTKD = frames_NTKD[batch.span_clip_K[:, None], index_KT] * inside_KT[..., None, None]
+        output = self.connector(
+            self._mix(frames_KTKD), batch.span_num_frames_K, num_words_N=batch.span_num_words_K
+        )
+        assert isinstance(output, ConnectorOutput)
+        return output
+
+    def _mix(self, frames: Tensor) -> Tensor:
+        """Weighted sum over the layer axis: ``[…, K, D]`` to ``[…, D]``."""
+        if self.layer_mix is None:
+            return frames.squeeze(-2)
+        return torch.einsum("...kd,k->...d", frames, self.layer_mix.softmax(0).to(frames.dtype))
+
+    def _splice(self, text_BSD: Tensor, batch: SpeechBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Put the speech spans' embeddings at their positions between the text embeddings."""
+        if batch.span_at_K.shape[0] == 0:
+            # Collectives of a sharded connector hang unless every rank runs it: one silent span, which counts nothing.
+            speech_KTD, _, losses = self.embed_speech(self._silence(batch))
+            unused = sum(losses.values(), speech_KTD.sum())
+            unused = unused if self.switch is None else unused + self.switch.sum()
+            return text_BSD + (0.0 * unused).to(text_BSD.dtype), {}
+        speech_KTD, lengths_K, losses = self.embed_speech(batch)
+        B, S, D = text_BSD.shape
+        first_K = batch.span_at_K if self.switch is None else batch.span_at_K + 1
+        offset_T = torch.arange(speech_KTD.shape[1], device=text_BSD.device)
+        # Unused positions all go to one extra row that is cut off: a boolean index would cost a device sync.
+        at_KT = torch.where(offset_T < lengths_K[:, None], first_K[:, None] + offset_T, B * S)
+        flat = torch.cat([text_BSD.reshape(B * S, D), text_BSD.new_zeros(1, D)])
+        flat = flat.index_put((at_KT,), speech_KTD.to(flat.dtype))
+        if self.switch is not None:
+            for edge, at_K in zip(self.switch, (batch.span_at_K, first_K + lengths_K), strict=True):
+                flat = flat.index_put((at_K,), edge.to(flat.dtype).expand(at_K.shape[0], D))
+        return flat[:-1].view(B, S, D), losses
+
+    def _silence(self, batch: SpeechBatch) -> SpeechBatch:
+        samples = round(self.encoder.sample_rate_hz / self.encoder.frame_rate_hz)
+        one = batch.span_at_K.new_ones(1)
+        fields = vars(batch) | {
+            "clips_NL": batch.clips_NL.new_zeros(1, samples),
+            "clip_lengths_N": one * samples,
+            "span_clip_K": one * 0,
+            "span_first_frame_K": one * 0,
+            "span_num_frames_K": one,
+            "span_num_words_K": one,
+            "max_span_frames": 1,
+        }
+        return SpeechBatch(**fields)
+
+
+def predict_transcripts(llm: LanguageModel, batch: SpeechBatch) -> Prediction:
+    """The M tokens of a batch predicted from its plain transcripts; for the teacher this is Q(· | w)."""
+    prediction = llm(
+        batch.teacher_position_ids_RU,
+        batch.teacher_document_ids_RU,
+        batch.teacher_predict_at_M,
+        input_ids_BS=batch.teacher_input_ids_RU,
+    )
+    assert isinstance(prediction, Prediction)
+    return prediction
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Stop training every parameter whose name matches a shell pattern such as ``llm.*`` or ``*.embed_tokens.*``.
+
+    Returns:
+        The names frozen.
+
+    Raises:
+        UserError: If a pattern matches no parameter.
+    """
+    frozen: list[str] = []
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise UserError(
+                f"the pattern {pattern!r} matches no parameter",
+                where="model.freeze",
+                cure=f"parameters begin with: {', '.join(parts[:12])}",
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+        frozen += matched
+    return frozen

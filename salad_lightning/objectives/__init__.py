@@ -1,0 +1,1 @@
+"""Objectives: what is minimised at the predicted text tokens."""

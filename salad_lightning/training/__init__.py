@@ -1,0 +1,1 @@
+"""Lightning modules, the learning-rate schedule, and callbacks."""

@@ -1,0 +1,216 @@
+"""What all training modules of this package share: global normalisation, two-rate optimizer, schedule, throughput."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from salad_lightning.batch import ObjectiveOutput, SpeechBatch
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.errors import UserError
+from salad_lightning.training.schedule import WarmupStableDecay
+
+__all__ = ["AtomicCheckpointIO", "TokenLossModule", "default_optimizer", "save_folder"]
+
+
+def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW with weight decay 0.1 (arXiv 2510.13632, section 4) and betas (0.9, 0.95); rates come with the groups."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint aside and renames it: a run killed meanwhile leaves nothing half-written in its place."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Save to ``path`` + ``.part``, then rename."""
+        aside = f"{path}.part"
+        super().save_checkpoint(checkpoint, aside, storage_options)
+        os.replace(aside, path)
+
+
+class TokenLossModule(LightningModule):
+    """A module whose loss is a sum over predicted tokens, normalised by their count in the *global* batch.
+
+    A mean per micro-batch weighs tokens of short batches more, under accumulation and under data parallelism. So
+    `training_step` returns the sum; before clipping, the gradients are scaled by ``accumulation · ranks / count``
+    (Lightning has divided by the first two), where the count is summed over all ranks and micro-batches.
+
+    Subclasses give `compute_loss`, `parameter_rates` and `sequence_spec`.
+
+    Args:
+        optimizer: Builds the optimizer from parameter groups that carry their own ``lr``.
+        schedule: Learning-rate schedule over ``trainer.max_steps``.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, schedule: WarmupStableDecay | None) -> None:
+        super().__init__()
+        self._build_optimizer = optimizer
+        self.schedule = schedule or WarmupStableDecay()
+        self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
+        self._totals: dict[str, Tensor] = {}
+        self._seen = {"tokens": 0, "audio_seconds": 0.0}
+        self._since: tuple[float, int, float] | None = None
+
+    def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
+        """Summed loss of one micro-batch."""
+        raise NotImplementedError
+
+    def parameter_rates(self) -> dict[str, tuple[float, list[tuple[str, nn.Parameter]]]]:
+        """Group name → (learning rate, named parameters)."""
+        raise NotImplementedError
+
+    def sequence_spec(self) -> SequenceSpec:
+        """What the data must know of the model; asked for before any weight is loaded."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Refuse ways of counting an epoch that lose data on resume, and make checkpoints atomic."""
+        if stage == "fit":
+            _check_trainer(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def training_step(self, batch: SpeechBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: returns the *summed* loss."""
+        output = self.compute_loss(batch)
+        for name, value in {"count": output.count, "loss": output.sum.detach(), **output.parts}.items():
+            self._totals[name] = self._totals.get(name, 0) + value.float()
+        if note_trained := getattr(self.trainer.datamodule, "note_trained", None):  # type: ignore[attr-defined]
+            note_trained(batch)
+        self._log_throughput(batch)
+        return output.sum
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn averaged sums into the mean per token of the global batch; Lightning clips after this."""
+        names = sorted(self._totals)
+        totals = torch.stack([self._totals[name] for name in names])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        means = dict(zip(names, totals, strict=True))
+        count = means.pop("count").clamp(min=1)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        self._totals.clear()
+        for name, total in means.items():
+            self.log(f"train/{name}", total / count, prog_bar=name == "loss")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Groups by `parameter_rates`, each split by whether weight decay applies (matrices only)."""
+        groups = []
+        for name, (rate, named) in self.parameter_rates().items():
+            trained = [parameter for _, parameter in named if parameter.requires_grad]
+            for suffix, members, extra in (
+                ("", [p for p in trained if p.ndim > 1], {}),
+                ("_no_decay", [p for p in trained if p.ndim <= 1], {"weight_decay": 0.0}),
+            ):
+                if members:
+                    groups.append({"params": members, "lr": rate, "name": name + suffix, **extra})
+        if not groups:
+            raise UserError("every parameter is frozen", where="model.freeze", cure="leave something to train")
+        optimizer = self._build_optimizer(groups)
+        total = self.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out (they are found where they were loaded from) and note their names."""
+        frozen = sorted(self._frozen_names())
+        if not _is_sharded(checkpoint["state_dict"]):
+            for name in frozen:
+                checkpoint["state_dict"].pop(name, None)
+        checkpoint["salad_lightning"] = {"frozen": frozen, "seen": dict(self._seen)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that nothing but frozen weights is missing.
+
+        Raises:
+            UserError: If the checkpoint is of another model.
+        """
+        self._seen = dict(checkpoint.get("salad_lightning", {}).get("seen", self._seen))
+        if "state_dict" in checkpoint:
+            self.check_weights(checkpoint, "the checkpoint")
+
+    def check_weights(self, checkpoint: Mapping[str, Any], where: str) -> None:
+        """Compare names and shapes of a checkpoint's weights with this module's.
+
+        Raises:
+            UserError: If a weight is missing that was not frozen, unknown, or of another shape.
+        """
+        theirs, ours = checkpoint["state_dict"], self.state_dict()
+        frozen = set(checkpoint.get("salad_lightning", {}).get("frozen", ()))
+        missing = sorted(set(ours) - set(theirs) - frozen - self._frozen_names())
+        unknown = sorted(set(theirs) - set(ours))
+        shapes = [f"{n} {tuple(theirs[n].shape)} here {tuple(ours[n].shape)}" for n in theirs if n in ours
+                  and theirs[n].shape != ours[n].shape]  # fmt: skip
+        for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
+            if names:
+                raise UserError(
+                    f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
+                    where=where,
+                    cure="use the same llm, encoder and connector as the run that wrote it",
+                )
+
+    def _frozen_names(self) -> set[str]:
+        """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""
+        frozen = {name for name, parameter in self.named_parameters(remove_duplicate=False)
+                  if not parameter.requires_grad}  # fmt: skip
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for name, _ in self.named_buffers():
+            owner = ".".join(name.split(".")[:2])
+            if not fnmatch.filter(trained, f"{owner}.*"):
+                frozen.add(name)
+        return frozen
+
+    def _log_throughput(self, batch: SpeechBatch) -> None:
+        """Host-side counts and the clock only: no device sync."""
+        self._seen["tokens"] += batch.num_positions * self.trainer.world_size
+        self._seen["audio_seconds"] += batch.audio_seconds * self.trainer.world_size
+        now = (time.perf_counter(), self._seen["tokens"], self._seen["audio_seconds"])
+        values = {"padding_share": batch.padding_share, **self._seen}
+        if self._since is not None:
+            elapsed = max(now[0] - self._since[0], 1e-9)
+            values["tokens_per_second"] = (now[1] - self._since[1]) / elapsed
+            values["audio_seconds_per_second"] = (now[2] - self._since[2]) / elapsed
+        self._since = now
+        self.log_dict({f"train/{name}": float(value) for name, value in values.items()}, batch_size=1)
+
+
+def _is_sharded(state_dict: Mapping[str, Any]) -> bool:
+    """Distributed checkpoints are read back key by key, before any leniency is looked at, so they stay complete."""
+    return any(type(value).__name__ == "DTensor" for value in state_dict.values())
+
+
+def _check_trainer(trainer: Any) -> None:
+    problem = ""
+    if trainer.max_steps < 1:
+        problem = "trainer.max_steps is not set"
+    elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
+        problem = "trainer.limit_train_batches is a fraction of an endless stream"
+    if problem:
+        raise UserError(
+            problem,
+            where="trainer",
+            cure="training data is an endless stream: set trainer.max_steps (and max_epochs: -1), "
+            "limit_train_batches to a whole number of batches if at all",
+        )
+
+
+def save_folder(trainer: Any) -> Path:
+    """Where this run writes its results: the logger's folder, else the trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,0 +1,207 @@
+"""Trains a text LLM to understand speech: both stages of SALAD."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.errors import UserError
+from salad_lightning.evaluation.gap import GapReport, Measured, measure
+from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Objective
+from salad_lightning.model.llm import LanguageModel, load_config, load_language_model, load_tokenizer
+from salad_lightning.model.parallel import compute_dtype, shard_language_model, shard_speech_llm
+from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
+from salad_lightning.training.base import TokenLossModule, default_optimizer, save_folder
+from salad_lightning.training.schedule import WarmupStableDecay
+
+__all__ = ["SpeechLLMModule"]
+
+
+class SpeechLLMModule(TokenLossModule):
+    """Connector and LLM trained on interleaved text and speech, against the LLM's own text-only self.
+
+    Args:
+        llm: Folder or hub name of the text LLM.
+        encoder: Frozen speech encoder.
+        connector: Connector class; the widths on its two sides are filled in.
+        objective: What is minimised; ForwardKLObjective is SALAD.
+        teacher: Folder or hub name of the teacher Q; by default the untouched ``llm``.
+        context: Positions in a row, text tokens and speech together.
+        connector_lr: Learning rate of the connector (and of the mix over encoder layers).
+        llm_lr: Learning rate of the LLM.
+        optimizer: Optimizer class; rates come from the two keys above.
+        schedule: Warm-up, stable, decay.
+        freeze: Shell patterns of parameter names to keep fixed, such as ``llm.*`` or ``*embed_tokens*``.
+        switch_embeddings: Learn one embedding before and one after each speech span.
+        init_from: Checkpoint to take weights from (not the optimizer, the step or the place in the data).
+        gap_every_n_steps: Measure misalignment and forgetting on the training batch every so many steps; 0 is never.
+        report_by: JSON field of the samples by which test results are broken down.
+    """
+
+    def __init__(
+        self,
+        llm: str,
+        encoder: Encoder,
+        connector: ConnectorFactory,
+        objective: Objective,
+        teacher: str | None = None,
+        context: int = 2048,
+        connector_lr: float = 1e-3,
+        llm_lr: float = 5e-5,
+        optimizer: OptimizerCallable = default_optimizer,
+        schedule: WarmupStableDecay | None = None,
+        freeze: list[str] | None = None,
+        switch_embeddings: bool = False,
+        init_from: str | None = None,
+        gap_every_n_steps: int = 0,
+        report_by: str = "domain",
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        self.save_hyperparameters()
+        self.objective = objective
+        self._llm_path, self._teacher_path = llm, teacher or llm
+        self._config = load_config(llm)
+        self._tokenizer = load_tokenizer(llm, self._config)
+        built = connector(encoder_dim=encoder.output_dim, llm_dim=self._config.get_text_config().hidden_size)
+        self._parts: tuple[Encoder, Connector] = (encoder, built)  # a tuple: they are registered inside the SpeechLLM
+        self._context, self._switch = context, switch_embeddings
+        self._rates = {"connector": connector_lr, "llm": llm_lr}
+        self._freeze, self._init_from = freeze or [], init_from
+        self._gap_every, self._report_by = gap_every_n_steps, report_by
+        self._teacher: tuple[LanguageModel] | None = None
+        self._reports: dict[str, GapReport] = {}
+        self.model: SpeechLLM
+
+    def configure_model(self) -> None:
+        """Load the weights, once, and spread them if the strategy asks for it."""
+        if hasattr(self, "model"):
+            return
+        attached = self._trainer is not None
+        dtype = compute_dtype(self.trainer.precision) if attached else torch.float32
+        vocab_size = len(self._tokenizer)
+        encoder, connector = self._parts
+        llm = load_language_model(self._llm_path, vocab_size)
+        model = SpeechLLM(llm=llm, encoder=encoder, connector=connector, switch_embeddings=self._switch)
+        freeze(model, self._freeze)
+        self.model = model
+        if self._init_from:
+            self._take_weights(self._init_from)
+        if not attached:
+            return
+        # The teacher is not a registered submodule: it is never trained, saved or summarised. Hence the tuple.
+        teacher = load_language_model(self._teacher_path, vocab_size, dtype).requires_grad_(False).eval()
+        teacher.to(self.trainer.strategy.root_device)
+        if self.device_mesh is not None:
+            shard_speech_llm(model, self.device_mesh["data_parallel"], dtype)
+            shard_language_model(teacher, self.device_mesh["data_parallel"], dtype)
+        self._teacher = (teacher,)
+
+    def sequence_spec(self) -> SequenceSpec:
+        """Lengths and tokenizer, for the data module."""
+        encoder, connector = self._parts
+        return SequenceSpec(
+            tokenizer=self._tokenizer,
+            context=self._context,
+            sample_rate_hz=encoder.sample_rate_hz,
+            causal=encoder.causal,
+            num_frames=encoder.output_lengths,
+            frame_span=encoder.frame_span,
+            num_positions=partial(_num_positions, connector, 2 if self._switch else 0),
+        )
+
+    def parameter_rates(self) -> dict[str, tuple[float, list[tuple[str, nn.Parameter]]]]:
+        """Two groups: the LLM, and everything else that is trained."""
+        named = list(self.model.named_parameters())
+        llm = [(name, parameter) for name, parameter in named if name.startswith("llm.")]
+        other = [(name, parameter) for name, parameter in named if not name.startswith("llm.")]
+        return {"connector": (self._rates["connector"], other), "llm": (self._rates["llm"], llm)}
+
+    def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
+        """Student, and the teacher where the objective needs it or the gap is measured at this step."""
+        gap_due = self._gap_every > 0 and self.global_step % self._gap_every == 0
+        teacher = self.teach(batch) if self.objective.needs_teacher or gap_due else None
+        output: ObjectiveOutput = self.model(batch, self.objective, teacher)
+        if gap_due and teacher is not None and batch.num_predicted:
+            measured = measure(self.model, batch, teacher)
+            self.log_dict({f"train/{name}": value for name, value in measured.means().items()}, batch_size=1)
+        return output
+
+    @torch.no_grad()
+    def teach(self, batch: SpeechBatch) -> Prediction:
+        """Q(· | w): the original LLM's prediction of the batch's tokens from the plain transcripts."""
+        if self._teacher is None:
+            raise RuntimeError("the teacher is loaded by a Trainer; this module is not attached to one")
+        return predict_transcripts(self._teacher[0], batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start one report for each validation set."""
+        self._reports = {name: GapReport(self._report_by) for name in self._set_names("val")}
+
+    def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """NLL, KL, M and F of one batch."""
+        self._measure(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of each validation set."""
+        for name, report in self._reports.items():
+            report.gather(self.device)
+            for metric, value in report.overall().items():
+                self.log(f"val/{name}/{metric}", value, prog_bar=metric == "misalignment", rank_zero_only=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Start one report for each test set."""
+        self._reports = {name: GapReport(self._report_by) for name in self._set_names("test")}
+
+    def test_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """NLL, KL, M and F, and the scores of multiple-choice options."""
+        self._measure(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures, print the gap table and write ``test.json``."""
+        for name, report in self._reports.items():
+            report.gather(self.device)
+            self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, rank_zero_only=True)
+        if self.trainer.is_global_zero:
+            GapReport.write(self._reports, save_folder(self.trainer) / "test.json")
+
+    def predict_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Log-probability of every predicted token, from speech and from text, with the documents they belong to."""
+        measured = self._measured(batch)
+        return {
+            "documents": batch.documents,
+            "document": batch.predict_document_M,
+            "labels": batch.labels_M,
+            "speech_log_prob": measured.speech_log_prob_M,
+            "text_log_prob": measured.text_log_prob_M,
+        }
+
+    def _measured(self, batch: SpeechBatch) -> Measured:
+        return measure(self.model, batch, self.teach(batch))
+
+    def _measure(self, batch: SpeechBatch, dataloader_idx: int) -> None:
+        # A rank's batch may hold no document at all; sharded models still need every rank to run.
+        report = list(self._reports.values())[dataloader_idx]
+        report.update(self._measured(batch), batch)
+
+    def _set_names(self, stage: str) -> list[str]:
+        names = getattr(self.trainer.datamodule, f"{stage}_names", None)  # type: ignore[attr-defined]
+        loaders = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        return list(names) if names else [str(index) for index in range(len(loaders))]
+
+    def _take_weights(self, path: str) -> None:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise UserError("no such checkpoint", where=path, cure="check model.init_from") from error
+        self.check_weights(checkpoint, path)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+
+
+def _num_positions(connector: Connector, extra: int, frames: int, words: int) -> int:
+    return connector.output_lengths(frames, num_words=words) + extra
