@@ -92,7 +92,7 @@ def token_losses(
     size = chunk_size or max(1, _CHUNK_ELEMENTS // _vocab_size(student.head))
     hidden_chunks = torch.split(student.hidden, size)
     label_chunks = torch.split(labels_M, size)
-    teacher_chunks = [None] * len(hidden_chunks) if teacher is None else torch.split(teacher.hidden.detach(), size)
+    teacher_chunks = [None] * len(hidden_chunks) if teacher is None else torch.split(teacher.hidden, size)
     # With a single chunk the peak is the same either way: its logits are alive when the backward pass starts.
     recompute = len(hidden_chunks) > 1 and torch.is_grad_enabled() and _needs_grad(student)
     nll, kl = [], []

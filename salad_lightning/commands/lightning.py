@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from salad_lightning.commands.parse_errors import explain
 from salad_lightning.commands.settings import Setting, check_part_names, read_settings
@@ -25,7 +31,7 @@ __all__ = ["SaladCLI", "run"]
 _DEFAULT_MODEL = "salad_lightning.training.speech_llm_module.SpeechLLMModule"
 _DEFAULT_DATA = "salad_lightning.data.datamodule.SpeechDataModule"
 # Imported so that the short names of their classes are known.
-_NAMED = ("salad_lightning.training.text_lm_module",)
+_NAMED = ("salad_lightning.training.text_lm_module", "salad_lightning.training.callbacks")
 
 
 class SaladCLI(LightningCLI):
@@ -54,9 +60,29 @@ class SaladCLI(LightningCLI):
             parser_kwargs={"exit_on_error": False},
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in LightningCLI, called on self
+        """Only the chosen one: building the parsers of all four takes four times as long."""
+        return {self._chosen: super().subcommands()[self._chosen]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let ``model`` and ``data`` mean `SpeechLLMModule` and `SpeechDataModule` unless another class is named."""
         parser.set_defaults({"model": {"class_path": _DEFAULT_MODEL}, "data": {"class_path": _DEFAULT_DATA}})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put all that a run writes under ``trainer.default_root_dir``: ``checkpoints/``, and ``logs/version_N/``.
+
+        A fixed checkpoint folder lets ``--ckpt_path last`` find it again; a new version for every start keeps the
+        metrics of the start before.
+        """
+        trainer = super().instantiate_trainer(**kwargs)
+        root = Path(trainer.default_root_dir)
+        if self._get(self.config_init, "trainer.logger", True) in (None, True):
+            csv = CSVLogger(root, name="logs")
+            trainer.loggers = [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(root / "checkpoints")
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a mistake becomes a `UserError` that names key and place."""
@@ -64,6 +90,14 @@ class SaladCLI(LightningCLI):
             self.config = parser.parse_args(args)  # type: ignore[arg-type]  # always a list here
         except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, self._subcommand_parsers[self._chosen], self._settings, self._chosen) from error
+
+    def instantiate_classes(self) -> None:
+        """Build; a size or name that a class refuses is the configuration's mistake."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cure = "correct the configuration (full traceback: SALAD_DEBUG=1)"
+            raise UserError(str(error), where=f"building what `{self._chosen}` needs", cure=cure) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""
@@ -86,7 +120,21 @@ def run(subcommand: str, argv: list[str]) -> None:
     for module in (_DEFAULT_MODEL.rpartition(".")[0], _DEFAULT_DATA.rpartition(".")[0], *_NAMED):
         importlib.import_module(module)
     check_part_names(settings, registry)
+    _quieten()
     SaladCLI(subcommand, argv, settings)
+
+
+def _quieten() -> None:
+    """Drop warnings about what is meant to be so, that a reader may take for trouble."""
+    for message in (
+        r"Found \d+ module\(s\) in eval mode",  # the frozen encoder
+        r".*is an instance of `nn.Module` and is already saved",  # parts, saved as configuration
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on newer torch
+        r"The .* does not have many workers",
+        r"You are using a CUDA device",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
 
 
 def _check_torchaudio() -> None:

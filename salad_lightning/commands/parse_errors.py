@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
 
 from salad_lightning.commands.settings import Setting
 from salad_lightning.errors import UserError
@@ -24,6 +25,7 @@ _UNKNOWN_KEY = re.compile(
 )
 _MISSING_KEYS = re.compile(r"the following arguments are required: (.+)|Key ['\"]([^'\"]+)['\"] is required")
 _WRONG_VALUE = re.compile(r"Expected (?:a|an|to be) (?!<class 'NoneType'>)(.+?)\. Got value: (.*)")
+_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 _PARENT_KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS_PATH = re.compile(r"class_path[ =]'([^']+)'")
 # Lines, and beginnings of lines, that only describe the search; what is left of a message is its point.
@@ -31,6 +33,7 @@ _NOISE = re.compile(
     r"^[\s-]*(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
     r"|Parser key|Problem with given class_path).*|Type <class '[\w.]+'> expects a function or a callable class: "
 )
+_BASES = (LightningModule, LightningDataModule, Callback, Logger, Encoder, Connector, Objective, Synthesizer)
 _WRAPPERS = re.compile(r"\.(class_path|init_args|dict_kwargs)\b")
 
 
@@ -57,6 +60,12 @@ def explain(error: Exception, parser: ArgumentParser, settings: Sequence[Setting
         keys = [".".join([*parents, _short(key)]) for key in re.split(r",\s*", match[1] or match[2])]
         return UserError(f"missing: {', '.join(keys)}", cure=f"set it in a YAML file or by --{keys[0]}=…")
     key, help_command = ".".join(parents), f"salad-lightning {subcommand} --help"
+    if match := _UNKNOWN_CLASS.search(message):
+        close = difflib.get_close_matches(match[1], {cls.__name__ for cls in _subclasses(_BASES)}, n=1)
+        cure = (
+            f"did you mean {close[0]}?" if close else "name it by its full path, such as my_package.my_module.MyClass"
+        )
+        return UserError(f"{key}: no class called {match[1]!r} is known", where=_place(key, settings), cure=cure)
     if match := _WRONG_VALUE.search(message):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1])
         what = f"{key!r} takes {expected}, not {match[2].strip()!r}"
@@ -92,8 +101,7 @@ def _valid_keys(root: str, message: str, parser: ArgumentParser) -> list[str]:
 
 def _known_class(class_path: str) -> type | None:
     """The class jsonargparse meant: it has been imported, as a subclass of one of these."""
-    bases = (LightningModule, LightningDataModule, Encoder, Connector, Objective, Synthesizer)
-    for cls in _subclasses(bases):
+    for cls in _subclasses(_BASES):
         if f"{cls.__module__}.{cls.__qualname__}" == class_path:
             return cls
     return None

@@ -127,8 +127,8 @@ def _frame_mask(lengths_N: Tensor, num_windows: int, window: int) -> Tensor:
     """``[N * num_windows, window]``, True at frames that exist."""
     positions = torch.arange(num_windows * window, device=lengths_N.device).view(num_windows, window)
     mask = positions < lengths_N[:, None, None]
-    # Windows beyond the end have nothing to attend to, and a softmax over nothing is NaN: they get a (zero) frame to
-    # look at, and their output is dropped.
+    # Windows beyond the end have nothing to attend to, and a softmax over nothing is NaN in some attention kernels:
+    # they get a (zero) frame to look at, and their output is dropped.
     mask[..., 0] = True
     return mask.flatten(0, 1)
 

@@ -27,6 +27,9 @@ __all__ = ["DocumentBuilder", "InterleaveDocuments", "TemplateDocuments"]
 
 _Control = Literal["none", "muted", "shuffled"]
 
+_TIME_SLACK_S = 0.25
+"""Aligners round the last word's end up to their own frames; more than this is another recording's alignment."""
+
 
 class DocumentBuilder(ABC):
     """Turns an utterance into documents; shared by training, evaluation and generation.
@@ -69,6 +72,11 @@ class DocumentBuilder(ABC):
 
     def _clip(self, audio: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.zeros_like(audio) if self.control == "muted" else audio
+
+
+def _bos(spec: SequenceSpec) -> list[int]:
+    bos = bos_id(spec.tokenizer)
+    return [] if bos is None else [bos]
 
 
 class _Segment(NamedTuple):
@@ -135,6 +143,13 @@ class InterleaveDocuments(DocumentBuilder):
                 where=utterance.where,
                 cure="add `words` to the shard, or use TemplateDocuments for this source",
             )
+        audio_s = len(utterance.audio) / spec.sample_rate_hz
+        if utterance.words and utterance.words[-1].end_s > audio_s + _TIME_SLACK_S:
+            raise UserError(
+                f"the last word ends at {utterance.words[-1].end_s:.2f} s, the audio at {audio_s:.2f} s",
+                where=utterance.where,
+                cure="align this sample again",
+            )
         units = spoken_units(utterance.text, utterance.words, tokens)
         if units is None:
             raise UserError(
@@ -200,7 +215,7 @@ class InterleaveDocuments(DocumentBuilder):
     ) -> Document:
         assert utterance.audio is not None
         first_unit, stop_unit = segments[0].first, segments[-1].stop
-        bos = [] if (bos := bos_id(spec.tokenizer)) is None else [bos]
+        bos = _bos(spec)
         eos = self._eos(spec) if stop_unit == len(units) else []
         shift = len(bos) - units[first_unit].first_token
         rate = spec.sample_rate_hz
@@ -251,7 +266,7 @@ class InterleaveDocuments(DocumentBuilder):
         return Document(token_ids, predicted, info, spans, [self._clip(clip) for clip in clips])
 
     def _plain(self, utterance: Utterance, ids: NDArray[np.int64], spec: SequenceSpec) -> list[Document]:
-        bos = [] if (bos := bos_id(spec.tokenizer)) is None else [bos]
+        bos = _bos(spec)
         rest = np.concatenate([ids, self._eos(spec)]).astype(np.int64)
         room = spec.context - len(bos)
         if room < 2:
@@ -340,8 +355,10 @@ class TemplateDocuments(DocumentBuilder):
         if utterance.audio is None or "{speech}" not in self.template:
             return None, 0, 0.0
         clip, rate = utterance.audio, spec.sample_rate_hz
-        end_s = utterance.fields.get("speech_end_s")
-        cut = end_s is not None and end_s * rate < len(clip)
+        end_s = utterance.fields.get("speech_end_s", len(clip) / rate)
+        if not isinstance(end_s, int | float) or end_s < 0:
+            raise UserError(f"`speech_end_s` is {end_s!r}, not seconds", where=utterance.where)
+        cut = end_s * rate < len(clip)
         if cut:
             clip = clip[: max(math.ceil(end_s * rate), 1)]
         num_frames = spec.num_frames(len(clip))
@@ -365,7 +382,7 @@ class TemplateDocuments(DocumentBuilder):
     ) -> Document:
         text, ranges = self._render(utterance, answer)
         tokens = tokenize(text, spec.tokenizer)
-        bos = [] if (bos := bos_id(spec.tokenizer)) is None else [bos]
+        bos = _bos(spec)
         eos = self._eos(spec) if "answer" in ranges else []
         token_ids = np.concatenate([bos, tokens.ids, eos]).astype(np.int64)
         predicted = np.zeros(len(token_ids), dtype=np.bool_)

@@ -31,7 +31,17 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import TimedWord
 
-__all__ = ["AUDIO_EXTENSIONS", "RawSample", "ShardWriter", "Utterance", "decode", "encode_flac", "read_shard"]
+__all__ = [
+    "AUDIO_EXTENSIONS",
+    "RawSample",
+    "ShardWriter",
+    "Utterance",
+    "decode",
+    "decode_audio",
+    "encode_flac",
+    "parse_words",
+    "read_shard",
+]
 
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
 """Decoded with soundfile, whose wheel carries its own codecs."""
@@ -132,12 +142,63 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
     text = record.pop("text", None)
     if not isinstance(text, str) or not text.strip():
         raise UserError("the JSON has no `text`", where=where, cure="give every sample its transcript")
-    words = _parse_words(record.pop("words", None), where)
+    words = parse_words(record.pop("words", None), where)
     audio = None
     extension = next((extension for extension in AUDIO_EXTENSIONS if extension in raw.members), None)
     if extension is not None:
-        audio = _decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
+        audio, _ = decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
     return Utterance(raw.key, source, text, words, audio, record, raw.shard)
+
+
+def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tuple[NDArray[np.float32], int]:
+    """An audio file's content as mono samples.
+
+    Args:
+        content: Any format soundfile reads.
+        sample_rate_hz: Rate to resample to; None keeps the file's own.
+        where: File or shard and key, for messages.
+
+    Returns:
+        ``[L]`` in [-1, 1], and their rate.
+
+    Raises:
+        UserError: If it cannot be decoded or holds no sample.
+    """
+    try:
+        audio, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"the audio cannot be decoded ({error})", where=where) from error
+    if audio.shape[0] == 0:
+        raise UserError("the audio is empty", where=where)
+    mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    if sample_rate_hz is None or rate == sample_rate_hz:
+        return np.ascontiguousarray(mono), rate
+    resampled = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(mono)))
+    return np.ascontiguousarray(resampled.numpy()), sample_rate_hz
+
+
+def parse_words(words: Any, where: str) -> list[TimedWord] | None:
+    """Word times as they stand in JSON.
+
+    Args:
+        words: ``[[word, start_s, end_s], …]``, or None.
+        where: Shard and key, or file and line, for messages.
+
+    Raises:
+        UserError: If they have another shape, or times run backwards.
+    """
+    if words is None:
+        return None
+    try:
+        timed = [TimedWord(str(word), float(start), float(end)) for word, start, end in words]
+    except (TypeError, ValueError) as error:
+        raise UserError("`words` must be a list of [word, start_s, end_s]", where=where) from error
+    last_start = 0.0
+    for word in timed:
+        if not (last_start <= word.start_s <= word.end_s < float("inf")):
+            raise UserError(f"word times run backwards at {word}", where=where, cure="align this sample again")
+        last_start = word.start_s
+    return timed
 
 
 def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:
@@ -250,35 +311,6 @@ def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError("the .json is not an object", where=where)
     return record
-
-
-def _parse_words(words: Any, where: str) -> list[TimedWord] | None:
-    if words is None:
-        return None
-    try:
-        timed = [TimedWord(str(word), float(start), float(end)) for word, start, end in words]
-    except (TypeError, ValueError) as error:
-        raise UserError("`words` must be a list of [word, start_s, end_s]", where=where) from error
-    last_start = 0.0
-    for word in timed:
-        if not (last_start <= word.start_s <= word.end_s < float("inf")):
-            raise UserError(f"word times run backwards at {word}", where=where, cure="align this sample again")
-        last_start = word.start_s
-    return timed
-
-
-def _decode_audio(content: bytes, sample_rate_hz: int, where: str) -> NDArray[np.float32]:
-    try:
-        audio, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"the audio cannot be decoded ({error})", where=where) from error
-    if audio.shape[0] == 0:
-        raise UserError("the audio is empty", where=where)
-    mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
-    if rate != sample_rate_hz:
-        resampled = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(mono)))
-        mono = resampled.numpy()
-    return np.ascontiguousarray(mono)
 
 
 @functools.lru_cache(maxsize=16)

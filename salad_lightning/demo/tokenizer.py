@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>", model_max_length=2048
     )
     fast.save_pretrained(str(folder))

@@ -34,6 +34,11 @@ class _Config:
     kernel_size: int = 5
     num_blocks: int = 2
 
+    def __post_init__(self) -> None:
+        samples_per_frame(self.sample_rate_hz, self.mel_rate_hz)  # raises where the rates do not fit
+        if self.kernel_size < max(self.strides, default=1):
+            raise ValueError(f"kernel_size {self.kernel_size} is below the largest of the strides {self.strides}")
+
 
 class _CausalConv(nn.Conv1d):
     """Convolution whose output ``u`` sees inputs before ``(u + 1) * stride`` only."""
@@ -62,7 +67,7 @@ class CausalConvEncoder(Encoder):
     """Strided causal convolutions over causal log-mel features; the last hidden layer is the output.
 
     By default 16 kHz audio, 80 mel bands at 100 Hz, three convolutions of stride 2 and two residual convolutions with
-    growing dilation: 12.5 frames a second of width 128 that reach 0.9 s back. Clips are completed with silence to
+    growing dilation: 12.5 frames a second of width 128 that reach 1.3 s back. Clips are completed with silence to
     whole frames; causality then makes padding harmless.
 
     Train one with `from_config`, `features` and `save_pretrained`; load it, frozen, by its folder.
@@ -117,26 +122,19 @@ class CausalConvEncoder(Encoder):
         return encoder
 
     def _build(self, config: _Config) -> None:
-        if config.strides and config.kernel_size < max(config.strides):
-            raise ValueError(f"kernel_size {config.kernel_size} is below the largest of the strides {config.strides}")
         total_stride = math.prod(config.strides)
         self._config = config
         self._hop = samples_per_frame(config.sample_rate_hz, config.mel_rate_hz)
         self._samples_per_frame = self._hop * total_stride
         self.sample_rate_hz, self.frame_rate_hz = config.sample_rate_hz, config.mel_rate_hz / total_stride
         self.output_dim, self.num_layers = config.width, 1
-        dims = [config.num_mels] + [config.width] * len(config.strides)
-        down = [
-            _Block(in_dim, config.width, kernel_size=config.kernel_size, stride=stride)
-            for in_dim, stride in zip(dims, config.strides, strict=False)
+        dims = [config.num_mels] + [config.width] * (len(config.strides) + config.num_blocks)
+        steps = [(stride, 1) for stride in config.strides] + [(1, 2**index) for index in range(config.num_blocks)]
+        blocks = [
+            _Block(in_dim, config.width, kernel_size=config.kernel_size, stride=stride, dilation=dilation)
+            for in_dim, (stride, dilation) in zip(dims[:-1], steps, strict=True)
         ]
-        wide = [
-            _Block(
-                config.width if down else config.num_mels, config.width, kernel_size=config.kernel_size, dilation=2**i
-            )
-            for i in range(config.num_blocks)
-        ]
-        self.blocks = nn.Sequential(*down, *wide)
+        self.blocks = nn.Sequential(*blocks)
         self.eval()
 
     def _load(self, file: Path) -> None:

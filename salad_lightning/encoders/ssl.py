@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -74,12 +75,15 @@ class SelfSupervisedEncoder(Encoder):
         num_frames_N = self.output_lengths(lengths_N)
         for norm in self._norms:
             norm.lengths_N = self._conv_lengths(filled_N, 1) if isinstance(norm, _ClipGroupNorm) else num_frames_N
-        output = self.model(
-            audio_NL.to(next(self.model.parameters()).dtype),
-            attention_mask=valid_mask(filled_N, audio_NL.shape[1]).long(),
-            output_hidden_states=True,
-            return_dict=True,
-        )
+        with warnings.catch_warnings():
+            # WavLM in transformers gives torch a boolean mask beside its float position bias, every step.
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
+            output = self.model(
+                audio_NL.to(next(self.model.parameters()).dtype),
+                attention_mask=valid_mask(filled_N, audio_NL.shape[1]).long(),
+                output_hidden_states=True,
+                return_dict=True,
+            )
         frames_NTKD = torch.stack(output.hidden_states, dim=2)
         return Stored(zero_beyond(frames_NTKD, num_frames_N), num_frames_N)
 

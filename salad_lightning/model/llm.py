@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class LanguageModel(nn.Module):
     def head(self) -> Head:
         """The head as it stands now. Under sharding, read it only inside a sharded module's forward."""
         config = self.hf.config.get_text_config()
-        linear = self.hf.get_output_embeddings()
+        linear = self.hf.get_output_embeddings()  # type: ignore[no-untyped-call]
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -108,7 +109,7 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: If they differ: the architecture does something with its logits that `Head` does not describe.
         """
-        device = self.hf.get_input_embeddings().weight.device
+        device = next(self.hf.parameters()).device
         ids = torch.arange(8, device=device)[None] % self.vocab_size
         hidden, head = self(
             torch.arange(8, device=device)[None],
@@ -136,9 +137,11 @@ def load_config(path: str) -> PreTrainedConfig:
         UserError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _not_found(path, "a language model (no readable config.json)") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
@@ -169,7 +172,8 @@ def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFa
 
 def build_language_model(config: PreTrainedConfig, vocab_size: int) -> LanguageModel:
     """A freshly initialised model, on the default device (so ``with torch.device("meta")`` costs no memory)."""
-    return LanguageModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), vocab_size)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    return LanguageModel(hf, vocab_size)
 
 
 def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -179,11 +183,12 @@ def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.f
         UserError: If the weights are missing or the architecture is not supported.
     """
     try:
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise _not_found(path, "weights of a language model") from error
+    hf, info = loaded
     if info["missing_keys"]:
         raise UserError(
             f"the weights lack {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them",

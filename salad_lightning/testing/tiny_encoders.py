@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -56,7 +57,7 @@ def save_tiny_causal_conv(folder: str | Path, *, seed: int = 0, **config: Any) -
 
 
 def save_tiny_mimi(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
-    """Mimi at its own 24 kHz and 12.5 frames/s: width 16, 4 codebooks, a sliding window of 8 steps (25 Hz)."""
+    """Mimi at its own 24 kHz and 12.5 frames/s: width 16, 8 codebooks, a sliding window of 8 steps (25 Hz)."""
     settings: dict[str, Any] = {
         "hidden_size": 16,
         "num_filters": 2,
@@ -67,19 +68,32 @@ def save_tiny_mimi(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
         "codebook_size": 32,
         "codebook_dim": 8,
         "vector_quantization_hidden_dimension": 8,
-        "num_quantizers": 4,
+        "num_quantizers": 8,
         "upsample_groups": 16,
         "sliding_window": 8,
         "initializer_range": 0.3,
         "layer_scale_initial_scale": 1.0,
     }
     with _seeded(seed):
-        model = MimiModel(MimiConfig(**{**settings, **config})).eval()
-        for name, buffer in model.named_buffers():
-            if name.endswith("codebook.embed_sum"):  # zero in a new model: every code would be the same
-                buffer.normal_()
+        model: Any = MimiModel(MimiConfig(**{**settings, **config}))
+        model.eval()
+        _fill_codebooks(model)
         model.save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def _fill_codebooks(model: Any) -> None:
+    """Spread the code vectors as the model's latents of noise are; a new model's are all zero."""
+    latents_NDT = model.encoder(0.1 * torch.randn(1, 1, 4 * model.config.sampling_rate)).latents
+    quantizer = model.quantizer
+    for residual in (quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer):
+        spread_TD = residual.input_proj(latents_NDT)[0].T
+        for index, layer in enumerate(residual.layers):
+            codebook = layer.codebook
+            vectors = spread_TD.std(0) * torch.randn(codebook.codebook_size, spread_TD.shape[1]) / 2**index
+            codebook.embed_sum.copy_(vectors + (spread_TD.mean(0) if index == 0 else 0))
+            codebook._embed = None
 
 
 def save_tiny_whisper(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
@@ -99,7 +113,8 @@ def save_tiny_whisper(folder: str | Path, *, seed: int = 0, **config: Any) -> st
     }
     with _seeded(seed):
         whisper = WhisperConfig(**{**settings, **config})
-        WhisperModel(whisper).eval().save_pretrained(folder)
+        model: Any = WhisperModel(whisper)
+        model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=whisper.num_mel_bins).save_pretrained(folder)  # type: ignore[no-untyped-call]
     return str(folder)
 
@@ -137,7 +152,20 @@ def _save_self_supervised(
         "initializer_range": 0.3,
     }
     with _seeded(seed):
-        model_class(config_class(**{**settings, **config})).eval().save_pretrained(folder)
+        model = model_class(config_class(**{**settings, **config}))
+        _stir_norms(model)
+        model.save_pretrained(folder)
     extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=norm == "layer")  # type: ignore[no-untyped-call]
     extractor.save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def _stir_norms(model: nn.Module) -> None:
+    """Give norms random scales, shifts and running means: as created they hide what happens to padding."""
+    for module in model.modules():
+        if isinstance(module, (nn.GroupNorm, nn.BatchNorm1d, nn.LayerNorm)):
+            module.weight.uniform_(0.7, 1.3)
+            module.bias.normal_(std=0.3)
+        if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
+            module.running_mean.normal_()

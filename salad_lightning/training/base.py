@@ -61,8 +61,8 @@ class TokenLossModule(LightningModule):
         self.schedule = schedule or WarmupStableDecay()
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self._totals: dict[str, Tensor] = {}
-        self._seen = {"tokens": 0, "audio_seconds": 0.0}
-        self._since: tuple[float, int, float] | None = None
+        self._seen = {"tokens": 0.0, "audio_seconds": 0.0}
+        self._since: tuple[float, float, float] | None = None
 
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
         """Summed loss of one micro-batch."""
@@ -212,5 +212,5 @@ def _check_trainer(trainer: Any) -> None:
 
 
 def save_folder(trainer: Any) -> Path:
-    """Where this run writes its results: the logger's folder, else the trainer's root."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where this run writes its results and checkpoints."""
+    return Path(trainer.default_root_dir)

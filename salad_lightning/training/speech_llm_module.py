@@ -89,7 +89,7 @@ class SpeechLLMModule(TokenLossModule):
         llm = load_language_model(self._llm_path, vocab_size)
         model = SpeechLLM(llm=llm, encoder=encoder, connector=connector, switch_embeddings=self._switch)
         freeze(model, self._freeze)
-        self.model = model
+        self.model = model.train()  # from_pretrained gives eval mode; the encoder stays in it
         if self._init_from:
             self._take_weights(self._init_from)
         if not attached:

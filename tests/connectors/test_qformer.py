@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from salad_lightning.connectors.qformer import QFormerConnector
+from salad_lightning.connectors.qformer import QFormerConnector, _frame_mask
 from salad_lightning.errors import UserError
 from salad_lightning.testing.contracts.connector import ConnectorContract
 
@@ -31,6 +31,12 @@ def test_lengths():
     assert [per_window.output_lengths(n) for n in (1, 5, 6, 10, 11)] == [2, 2, 4, 4, 6]
     per_span = QFormerConnector(encoder_dim=4, llm_dim=6, num_queries=3, window=None, **SMALL)
     assert [per_span.output_lengths(n) for n in (1, 100)] == [3, 3]
+
+
+def test_windows_beyond_the_end_have_something_to_attend_to():
+    mask = _frame_mask(torch.tensor([7, 1]), num_windows=3, window=3)
+    expected = ["111", "111", "100", "100", "100", "100"]
+    assert ["".join(str(int(frame)) for frame in row) for row in mask] == expected
 
 
 def multihead(attention, queries, context):

@@ -1,0 +1,1 @@
+"""A recurrent connector for salad-lightning."""

@@ -1,0 +1,105 @@
+"""Reading what users list their corpora in: TSV, JSONL and parquet. Standard library until a parquet file comes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salad_lightning.errors import UserError
+
+__all__ = ["Row", "read_rows"]
+
+_JSON_COLUMNS = ("words", "choices")
+_NUMBER_COLUMNS = ("seconds", "speech_end_s")
+
+
+class Row(NamedTuple):
+    """One line of a manifest.
+
+    Attributes:
+        where: File and line, for messages.
+        values: Column name to value.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Rows of a ``.tsv`` (with a header), ``.jsonl`` or ``.parquet`` file, in order.
+
+    In TSV, ``words`` and ``choices`` are JSON, ``seconds`` and ``speech_end_s`` numbers, ``answer`` an index where
+    there are ``choices``; everything else is text, and empty cells are left out.
+
+    Raises:
+        UserError: If the file is missing, of another kind, or a line does not parse.
+    """
+    path = Path(path)
+    readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise UserError("not a .tsv, .jsonl or .parquet file", where=str(path), cure="convert it or rename it")
+    if not path.is_file():
+        raise UserError("the file does not exist", where=str(path), cure="check the path")
+    return readers[path.suffix.lower()](path)
+
+
+def _read_tsv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = next(lines, [])
+        for cells in lines:
+            where = f"{path}, line {lines.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(f"{len(cells)} cells under {len(header)} columns", where=where, cure="check the tabs")
+            values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            yield Row(where, _typed(values, where))
+
+
+def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    for name in (*_JSON_COLUMNS, *_NUMBER_COLUMNS):
+        if name in values:
+            kind = list if name in _JSON_COLUMNS else (int, float)
+            try:
+                values[name] = json.loads(values[name])
+            except ValueError as error:
+                raise UserError(f"`{name}` does not parse ({error})", where=where) from error
+            if not isinstance(values[name], kind):
+                raise UserError(f"`{name}` is {values[name]!r}", where=where, cure="see `prepare --help`")
+    if "choices" in values and str(values.get("answer", "")).isdecimal():
+        values["answer"] = int(values["answer"])
+    return values
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"not JSON ({error})", where=where) from error
+            if not isinstance(values, dict):
+                raise UserError("not a JSON object", where=where)
+            yield Row(where, values)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow  # heavy, and only parquet needs it
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", values)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"not a readable parquet file ({error})", where=str(path)) from error

@@ -1,0 +1,276 @@
+"""The data of a run: sources to dataloaders, and the position of the training stream to checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from salad_lightning.batch import SpeechBatch
+from salad_lightning.data.packing import collate
+from salad_lightning.data.sources import Source, check_sources, shard_paths
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.stream import EvaluationStream, TrainingStream
+from salad_lightning.errors import UserError
+
+__all__ = ["SpeechDataModule"]
+
+
+class SpeechDataModule(LightningDataModule):
+    """Packed batches of speech and text for training and evaluation.
+
+    Lengths and tokenizer come from the model (``sequence_spec()`` of the LightningModule). Whoever trains must call
+    `note_trained` with every batch, so that a checkpoint knows where to go on.
+
+    Args:
+        train: Sources mixed for training, endless.
+        val: Sources to validate on, each read once and in order; one dataloader each.
+        test: Sources to test on, and to predict.
+        rows_per_batch: Rows of ``context`` positions in a training batch, per process.
+        eval_rows_per_batch: Rows in an evaluation batch.
+        num_workers: Processes that read and build batches; 0 builds them in the training process.
+        seed: Decides order, mixture and every random choice of the document builders.
+        shuffle_block: Samples of a source that are read and shuffled together.
+        lookahead: Documents the packer chooses from; more fill rows better and hold more audio in memory.
+        trim_rows: Cut training rows after the longest one of a batch. Off, every batch has the same shape.
+    """
+
+    def __init__(
+        self,
+        train: list[Source] | None = None,
+        val: list[Source] | None = None,
+        test: list[Source] | None = None,
+        rows_per_batch: int = 8,
+        eval_rows_per_batch: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle_block: int = 512,
+        lookahead: int = 32,
+        trim_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.test = train, val, test
+        for key, sources in (("train", train), ("val", val), ("test", test)):
+            if sources is not None:
+                check_sources(sources, f"data.{key}")
+        counts = {
+            "rows_per_batch": rows_per_batch,
+            "eval_rows_per_batch": eval_rows_per_batch,
+            "shuffle_block": shuffle_block,
+            "lookahead": lookahead,
+        }
+        for key, count in counts.items():
+            if count < 1:
+                raise UserError(f"{count} is too small", where=f"data.{key}", cure="give 1 or more")
+        for source in train or []:
+            if source.documents.control == "shuffled":
+                raise UserError("the shuffled control is for evaluation", where=f"data.train: {source.name}")
+        self.rows_per_batch, self.eval_rows_per_batch, self.num_workers = (
+            rows_per_batch,
+            eval_rows_per_batch,
+            num_workers,
+        )
+        self.seed, self.shuffle_block, self.lookahead, self.trim_rows = seed, shuffle_block, lookahead, trim_rows
+        self.spec: SequenceSpec | None = None
+        self._positions: dict[int, dict[str, Any]] = {}  # of this rank, by worker
+        self._last_worker = -1
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def val_names(self) -> list[str]:
+        """Names of the validation sources, in the order of their dataloaders."""
+        return [source.name for source in self.val or []]
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sources, in the order of their dataloaders."""
+        return [source.name for source in self.test or []]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Ask the model for its `SequenceSpec`; without a trainer, set ``spec`` yourself."""
+        if self.trainer is not None:
+            module: Any = self.trainer.lightning_module  # any module with a sequence_spec() serves
+            self.spec = module.sequence_spec()
+
+    def train_dataloader(self) -> Iterable[SpeechBatch]:
+        """Endless; goes on after the batch last given to `note_trained`.
+
+        Raises:
+            UserError: If there is nothing to train on, or a checkpoint's stream is another one.
+        """
+        if self.train is None:
+            raise UserError("there is nothing to train on", where="data.train", cure="list at least one source")
+        self._restore()
+        rank, world_size = self._rank()
+        stream = TrainingStream(
+            self.train,
+            self._spec(),
+            rows_per_batch=self.rows_per_batch,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            shuffle_block=self.shuffle_block,
+            lookahead=self.lookahead,
+            trim=self.trim_rows,
+            states=dict(self._positions),
+            first_worker=(self._last_worker + 1) % max(self.num_workers, 1),
+        )
+        return _Endless(self._loader(stream))
+
+    def val_dataloader(self) -> list[Iterable[SpeechBatch]]:
+        """One finite loader for each source of ``val``."""
+        return self._evaluation(self.val or [])
+
+    def test_dataloader(self) -> list[Iterable[SpeechBatch]]:
+        """One finite loader for each source of ``test``.
+
+        Raises:
+            UserError: If there is nothing to test on.
+        """
+        if self.test is None:
+            raise UserError("there is nothing to test on", where="data.test", cure="list at least one source")
+        return self._evaluation(self.test)
+
+    def predict_dataloader(self) -> list[Iterable[SpeechBatch]]:
+        """The test loaders."""
+        return self.test_dataloader()
+
+    def note_trained(self, batch: SpeechBatch) -> None:
+        """Remember where the stream stood after ``batch``: loaders run ahead, so only the trained batch knows."""
+        if batch.stream_state:
+            self._last_worker = batch.stream_state["worker"]
+            self._positions[self._last_worker] = batch.stream_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the training stream, of every rank; to be called on all ranks, as Lightning does."""
+        if self.train is None or self.spec is None:
+            return {}
+        rank, world_size = self._rank()
+        mine = {"last_worker": self._last_worker, "workers": dict(self._positions)}
+        ranks = {rank: mine}
+        if world_size > 1 and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, (rank, mine))
+            ranks = dict(gathered)
+        return {**self._identity(), "ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from `state_dict`; checked when the training loader is made, once world and model are known."""
+        self._restored = state_dict or None
+
+    def _restore(self) -> None:
+        if self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint's data stream has {name} {state.get(name)!r}, this run has {value!r}",
+                    where="ckpt_path",
+                    cure="resume with the same data, processes and workers; or start afresh from the weights alone",
+                )
+        mine = state["ranks"][self._rank()[0]]
+        self._last_worker, self._positions = mine["last_worker"], dict(mine["workers"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a position to mean the same."""
+        sources = [
+            [source.name, source.weight, source.documents.fingerprint(), _files(shard_paths(source))]
+            for source in self.train or []
+        ]
+        settings = [self.seed, self.shuffle_block, self.lookahead, self.rows_per_batch, self._spec().context]
+        digest = hashlib.sha256(json.dumps([sources, settings]).encode()).hexdigest()[:16]
+        return {"world_size": self._rank()[1], "num_workers": max(self.num_workers, 1), "fingerprint": digest}
+
+    def _evaluation(self, sources: Sequence[Source]) -> list[Iterable[SpeechBatch]]:
+        rank, world_size = self._rank()
+        loaders: list[Iterable[SpeechBatch]] = []
+        for source in sources:
+            stream = EvaluationStream(
+                source,
+                self._spec(),
+                rows_per_batch=self.eval_rows_per_batch,
+                seed=self.seed,
+                rank=rank,
+                world_size=world_size,
+                lookahead=self.lookahead,
+            )
+            loader = self._loader(stream)
+            loaders.append(loader if world_size == 1 else _InStep(loader, self.eval_rows_per_batch, self._device()))
+        return loaders
+
+    def _loader(self, stream: IterableDataset[SpeechBatch]) -> DataLoader[SpeechBatch]:
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _spec(self) -> SequenceSpec:
+        if self.spec is None:
+            raise ValueError("setup() has not been called, and `spec` is not set")
+        return self.spec
+
+    def _rank(self) -> tuple[int, int]:
+        """Rank and number of processes that read different data; under tensor parallelism fewer than the world."""
+        if self.trainer is None:
+            return 0, 1
+        kwargs = self.trainer.distributed_sampler_kwargs or {}
+        return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+
+
+def _files(paths: Sequence[str]) -> list[tuple[str, int]]:
+    return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+
+
+class _Endless:
+    """A loader that goes on where it was when it is iterated again.
+
+    Lightning begins a new iteration after every ``limit_train_batches``; a DataLoader would then start over and train
+    on the same batches again.
+    """
+
+    def __init__(self, loader: DataLoader[SpeechBatch]) -> None:
+        self.loader = loader
+        self._running: Iterator[SpeechBatch] | None = None
+
+    def __iter__(self) -> Iterator[SpeechBatch]:
+        if self._running is None:
+            self._running = iter(self.loader)
+        return self
+
+    def __next__(self) -> SpeechBatch:
+        if self._running is None:
+            self._running = iter(self.loader)
+        return next(self._running)
+
+
+class _InStep:
+    """A finite loader that gives as many batches on every rank: those that run out early give empty ones.
+
+    Uneven counts would leave the other ranks waiting in a collective for ever.
+    """
+
+    def __init__(self, loader: DataLoader[SpeechBatch], rows_per_batch: int, device: torch.device) -> None:
+        self.loader, self.rows_per_batch, self.device = loader, rows_per_batch, device
+
+    def __iter__(self) -> Iterator[SpeechBatch]:
+        batches = iter(self.loader)
+        while True:
+            batch = next(batches, None)
+            more = torch.tensor([batch is not None], dtype=torch.int32, device=self.device)
+            torch.distributed.all_reduce(more, torch.distributed.ReduceOp.MAX)
+            if not int(more.item()):
+                return
+            yield batch or collate([], context=1, rows_per_batch=self.rows_per_batch, trim=True)

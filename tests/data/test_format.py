@@ -1,0 +1,128 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+
+from salad_lightning.data.format import AUDIO_EXTENSIONS, ShardWriter, decode, encode_flac, read_shard
+from salad_lightning.errors import UserError
+from salad_lightning.testing.shards import save_speech_shards, speak_tones
+
+
+def _encoded(extension, audio, rate):
+    kinds = {"flac": ("FLAC", None), "wav": ("WAV", None), "ogg": ("OGG", "VORBIS"), "opus": ("OGG", "OPUS"),
+             "mp3": ("MP3", None)}  # fmt: skip
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format=kinds[extension][0], subtype=kinds[extension][1])
+    return buffer.getvalue()
+
+
+def test_round_trip_keeps_text_words_fields_and_audio(tmp_path):
+    audio, words = speak_tones("Hello, brave new world!")
+    with ShardWriter(tmp_path, "a", 2) as writer:
+        writer.write(
+            "k1", {"text": "Hello, brave new world!", "words": words, "domain": "x"}, encode_flac(audio, 16_000)
+        )
+        writer.write("k2", {"text": "plain"})
+        writer.write("k3", {"text": "third"})
+    assert [path.name for path in writer.paths] == ["a-000000.tar", "a-000001.tar"]
+    first, second = [decode(raw, source="s", sample_rate_hz=16_000) for raw in read_shard(writer.paths[0])]
+    assert (first.key, first.source, first.text, first.fields) == (
+        "k1",
+        "s",
+        "Hello, brave new world!",
+        {"domain": "x"},
+    )
+    assert [tuple(word) for word in first.words] == words
+    np.testing.assert_allclose(first.audio, audio, atol=1 / 2**15)
+    assert second.audio is None
+    assert second.words is None
+
+
+@pytest.mark.parametrize("extension", AUDIO_EXTENSIONS)
+def test_every_listed_extension_decodes_and_stereo_is_mixed_and_resampled(tmp_path, extension):
+    rate = 24_000
+    tone = 0.4 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    stereo = np.stack([tone, 0.5 * tone], axis=1).astype(np.float32)
+    with ShardWriter(tmp_path, "a") as writer:
+        writer.write("k", {"text": "x"}, _encoded(extension, stereo, rate), extension)
+    (raw,) = read_shard(writer.paths[0])
+    audio = decode(raw, source="s", sample_rate_hz=16_000).audio
+    assert audio.dtype == np.float32
+    assert abs(len(audio) - 16_000) < 1600
+    spectrum = np.abs(np.fft.rfft(audio[2000:14_000]))
+    assert abs(np.argmax(spectrum) * 16_000 / 12_000 - 440) < 2
+    assert abs(np.sqrt(np.mean(audio[2000:14_000] ** 2)) - 0.3 / np.sqrt(2)) < 0.02
+
+
+def test_same_samples_give_same_bytes_and_an_unfinished_shard_leaves_nothing(tmp_path):
+    for name in ("one", "two"):
+        save_speech_shards(tmp_path / name, num_samples=3)
+    one, two = [(tmp_path / name / "speech-000000.tar").read_bytes() for name in ("one", "two")]
+    assert one == two
+    with pytest.raises(ValueError, match="keys"), ShardWriter(tmp_path / "three", "a") as writer:
+        [writer.write("same", {"text": "x"}) for _ in range(2)]
+    assert list((tmp_path / "three").iterdir()) == []
+
+
+@pytest.mark.parametrize(("key", "extension"), [("a.b", "flac"), ("", "flac"), ("k", "flac"), ("n", "npy")])
+def test_writer_refuses_what_could_not_be_read_back(tmp_path, key, extension):
+    with ShardWriter(tmp_path, "a") as writer:
+        writer.write("k", {"text": "x"})
+        with pytest.raises(ValueError, match=r"key|extension"):
+            writer.write(key, {"text": "x"}, b"", extension)
+
+
+def _shard_with(tmp_path, members):
+    path = tmp_path / "bad.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"k.flac": b"x"}, "no .json"),
+        ({"k.json": b"{"}, "does not parse"),
+        ({"k.json": b"[]"}, "not an object"),
+        ({"k.json": b'{"text": " "}'}, "no `text`"),
+        ({"k.json": b'{"text": "a", "words": [["a", 0]]}'}, "list of"),
+        ({"k.json": b'{"text": "a b", "words": [["a", 0.5, 0.6], ["b", 0.4, 0.7]]}'}, "backwards"),
+        ({"k.json": b'{"text": "a", "words": [["a", 0.5, 0.4]]}'}, "backwards"),
+        ({"k.json": b'{"text": "a"}', "k.wav": b"not audio"}, "cannot be decoded"),
+        ({"k.json": b'{"text": "a"}', "k.flac": encode_flac(np.zeros(9, np.float32), 8000)[:60]}, "decoded|empty"),
+    ],
+)
+def test_bad_samples_name_shard_and_key(tmp_path, members, message):
+    path = _shard_with(tmp_path, members)
+    with pytest.raises(UserError, match=message) as caught:
+        [decode(raw, source="s", sample_rate_hz=16_000) for raw in read_shard(path)]
+    assert "bad.tar: k" in str(caught.value)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    path = _shard_with(tmp_path, {"k.json": json.dumps({"text": "a"}).encode(), "k.pyd": b"cos\nsystem\n."})
+    (raw,) = read_shard(path)
+    assert decode(raw, source="s", sample_rate_hz=16_000).audio is None
+
+
+@pytest.mark.parametrize("content", [b"no tar at all" * 100, None])
+def test_unreadable_shards_are_named(tmp_path, content):
+    path = tmp_path / "x.tar"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.tar"):
+        list(read_shard(path))
+
+
+def test_truncated_shards_are_named(tmp_path):
+    path = save_speech_shards(tmp_path, num_samples=3) / "speech-000000.tar"
+    path.write_bytes(path.read_bytes()[:-20_000])
+    with pytest.raises(UserError, match=r"speech-000000\.tar"):
+        list(read_shard(path))
