@@ -98,18 +98,24 @@ def test_help_answers_in_under_a_second_and_imports_no_torch():
     assert min(seconds) < 1.0, seconds
 
 
-@pytest.mark.slow
-def test_fit_help_answers_in_under_six_seconds():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def processor_seconds(*command):
+    """Output and processor time of a process: what else a busy machine does counts little."""
     # Without the coverage tracer, which would be what is timed.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    command = [sys.executable, "-m", "salad_lightning", "fit", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert "--model CONFIG | CLASS_PATH_OR_NAME | .INIT_ARG_NAME VALUE" in done.stdout
-    # Processor time: other processes of a busy machine do not count.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6.0
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.slow
+def test_fit_help_answers_in_under_six_seconds():
+    text, seconds = processor_seconds("-m", "salad_lightning", "fit", "--help")
+    assert "--model CONFIG | CLASS_PATH_OR_NAME | .INIT_ARG_NAME VALUE" in text
+    # Most of it is Lightning's own import, so a slow machine is measured by that.
+    _, lightning = processor_seconds("-c", "import lightning.pytorch.cli")
+    assert seconds < max(6.0, 1.5 * lightning)
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -176,11 +182,12 @@ def test_overlays_merge_init_args_and_replace_lists_and_other_classes(write, mer
     assert (model["connector"]["init_args"]["stack"], model["connector"]["init_args"]["hidden_dim"]) == (4, 8)
     # A list is replaced, not extended.
     assert [entry["class_path"].split(".")[-1] for entry in config["trainer"]["callbacks"]] == ["LearningRateMonitor"]
-    # Another class starts from its own defaults.
+    # Another class keeps the arguments that it has too, and drops the rest.
     other = write("model: {init_args: {connector: {class_path: ConvConnector}}}", "other.yaml")
     changed = merged("--config", base, "--config", other)["model"]["init_args"]["connector"]
     assert changed["class_path"].endswith(".ConvConnector")
-    assert changed["init_args"].get("hidden_dim") != 24
+    assert changed["init_args"]["hidden_dim"] == 24
+    assert "stack" not in changed["init_args"]
     # The order of files is the order of precedence.
     again = merged("--config", overlay, "--config", base)["model"]["init_args"]["connector"]["init_args"]
     assert again["hidden_dim"] == 24
@@ -197,8 +204,8 @@ def test_unknown_subcommand(refused):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("class_path: MLPConnector", "class_path: MLPConector", [":12 ", "connector 'MLPConector'", "did you mean MLPConnector?"]),
-        ("objective: ForwardKLObjective", "objective: KL", [":14 ", "objective 'KL'", "known objectives: ForwardKLObjective"]),
+        ("MLPConnector", "MLPConector", [":12 ", "connector 'MLPConector'", "did you mean MLPConnector?"]),
+        (": ForwardKLObjective", ": KL", [":14 ", "objective 'KL'", "known objectives: ForwardKLObjective"]),
         ("max_steps: 5", "max_stepz: 5", [":2:", "'trainer.max_stepz'", "did you mean 'max_steps'?"]),
         ("trainer:", "trainr:", [":1:", "'trainr'", "did you mean 'trainer'?"]),
         ("llm: nowhere", "lllm: nowhere", [":9:", "'model.lllm'", "did you mean 'llm'?"]),

@@ -1,7 +1,7 @@
 """``salad-lightning fit|validate|test|predict``: LightningCLI after every installed part has been loaded.
 
-Later ``--config`` files replace the dicts and lists of earlier ones, but merge the ``init_args`` of a class that stays
-the same; options on the command line come in the order they are written.
+Later ``--config`` files replace the plain dicts and lists of earlier ones, but merge the ``init_args`` of a class. Where
+the class itself changes, those ``init_args`` stay that the new class has too. Options come in the order they are written.
 """
 
 from __future__ import annotations

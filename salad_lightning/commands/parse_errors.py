@@ -50,12 +50,9 @@ def explain(error: Exception, parser: ArgumentParser, settings: Sequence[Setting
     parents = [_short(key) for key in _PARENT_KEY.findall(message)]
     if match := _UNKNOWN_KEY.search(message):
         key = ".".join([*parents, _short(next(filter(None, match.groups())))])
-        root, _, last = key.rpartition(".")
-        return UserError(
-            f"there is no key {key!r}",
-            where=_place(key, settings),
-            cure=_nearest(last, _valid_keys(root, message, parser)),
-        )
+        key, valid = _first_unknown(key, message, parser)
+        what = f"there is no key {key!r}"
+        return UserError(what, where=_place(key, settings), cure=_nearest(key.rpartition(".")[2], valid))
     if match := _MISSING_KEYS.search(message):
         keys = [".".join([*parents, _short(key)]) for key in re.split(r",\s*", match[1] or match[2])]
         return UserError(f"missing: {', '.join(keys)}", cure=f"set it in a YAML file or by --{keys[0]}=…")
@@ -90,13 +87,19 @@ def _nearest(key: str, valid: Sequence[str]) -> str:
     return f"keys here: {', '.join(valid)}" if valid else "nothing can be set here: remove it"
 
 
-def _valid_keys(root: str, message: str, parser: ArgumentParser) -> list[str]:
+def _first_unknown(key: str, message: str, parser: ArgumentParser) -> tuple[str, list[str]]:
+    """The shortest beginning of ``key`` that is unknown, and the keys that would have been valid in its place."""
     if class_paths := _CLASS_PATH.findall(message):
         cls = _known_class(class_paths[-1])
-        return sorted(_init_keys(cls)) if cls else []
-    prefix = f"{root}." if root else ""
-    destinations = (action.dest for action in parser._actions if action.dest.startswith(prefix))
-    return sorted({dest.removeprefix(prefix).split(".")[0] for dest in destinations} - {"help"})
+        return key, sorted(_init_keys(cls)) if cls else []
+    root = ""
+    for part in key.split("."):
+        destinations = (action.dest for action in parser._actions if action.dest.startswith(root))
+        valid = sorted({dest.removeprefix(root).split(".")[0] for dest in destinations} - {"help"})
+        if part not in valid:
+            return root + part, valid
+        root += f"{part}."
+    return key, []
 
 
 def _known_class(class_path: str) -> type | None:

@@ -24,8 +24,10 @@ class RMSNorm(nn.RMSNorm):
 class OutputProjection(nn.Module):
     """Linear map to the LLM's width, then an RMS norm whose gain starts at 1, times a fixed ``scale``.
 
-    Embedding tables of LLMs have a standard deviation of 0.01 to 0.05. A linear layer alone starts 10 to 50 times
-    above that and drifts, so that what the LLM's first layers add to the residual stream drowns beside the speech.
+    Embedding tables of LLMs start near 0.02 and grow in training. A linear layer alone starts at another size and
+    drifts. In a small trial of one seed (two causal blocks before a frozen two-layer LLM whose table has 0.13) 350
+    steps at learning rate 2e-3 ended at a KL of 0.06 nats with a scale of 0.13, 0.21 with 0.02, 0.67 with 1 and 0.56
+    with the linear layer alone; at 5e-4 all were alike (1.0 to 1.1).
     The scale is fixed and the gain relative, because AdamW's steps have about the size of the learning rate: beside a
     gain of 0.02 a step of 1e-3 would be large, beside 1 it is small.
     """

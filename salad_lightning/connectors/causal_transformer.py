@@ -38,7 +38,8 @@ class CausalTransformerConnector(Connector):
         num_kv_heads: Key and value heads, each shared by ``num_heads / num_kv_heads`` query heads.
         rope_theta: Base of the rotary frequencies.
         stack: Adjacent frames joined into one position before the first block.
-        output_scale: Root mean square of an output vector at the start; about that of the LLM's embedding table.
+        output_scale: Root mean square of an output vector at the start. Best near that of the LLM's
+            embedding table; 0.02 is what Hugging Face's LLMs are initialised to.
 
     Attributes:
         layers: The blocks, for wrapping by FSDP and activation checkpointing.

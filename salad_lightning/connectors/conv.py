@@ -27,7 +27,8 @@ class ConvConnector(Connector):
         kernel_size: Odd, so that a convolution shortens a span to ``ceil(length / stride)``; no smaller than any
             stride, or frames would be skipped.
         hidden_dim: Channels of the convolutions.
-        output_scale: Root mean square of an output vector at the start; about that of the LLM's embedding table.
+        output_scale: Root mean square of an output vector at the start. Best near that of the LLM's
+            embedding table; 0.02 is what Hugging Face's LLMs are initialised to.
 
     Raises:
         UserError: If ``kernel_size`` is even or smaller than a stride.

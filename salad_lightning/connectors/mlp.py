@@ -30,7 +30,8 @@ class MLPConnector(Connector):
         stack: Adjacent frames that become one position; the tail of a span is filled with zeros.
         hidden_dim: Width between the linear layers.
         num_layers: Linear layers, the last one to ``llm_dim`` included.
-        output_scale: Root mean square of an output vector at the start; about that of the LLM's embedding table.
+        output_scale: Root mean square of an output vector at the start. Best near that of the LLM's
+            embedding table; 0.02 is what Hugging Face's LLMs are initialised to.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class QFormerConnector(Connector):
         num_layers: Blocks.
         num_heads: Attention heads.
         hidden_dim: Width of queries and blocks; the MLP is four times as wide.
-        output_scale: Root mean square of an output vector at the start; about that of the LLM's embedding table.
+        output_scale: Root mean square of an output vector at the start. Best near that of the LLM's
+            embedding table; 0.02 is what Hugging Face's LLMs are initialised to.
 
     Raises:
         UserError: If ``hidden_dim`` does not split into ``num_heads`` heads, or is odd.

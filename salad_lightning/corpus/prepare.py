@@ -129,14 +129,12 @@ class _Shard:
     seconds: float = 0.0
 
     def entry(self, folder: Path) -> dict[str, Any]:
+        digest = hashlib.sha256()
         with (folder / self.name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {
-            "name": self.name,
-            "num_samples": self.num_samples,
-            "seconds": round(self.seconds, 3),
-            "sha256": digest,
-        }
+            while block := file.read(1 << 20):
+                digest.update(block)
+        seconds = round(self.seconds, 3)
+        return {"name": self.name, "num_samples": self.num_samples, "seconds": seconds, "sha256": digest.hexdigest()}
 
 
 def _replaceable(output: Path, overwrite: bool) -> list[Path]:
@@ -190,7 +188,7 @@ def _write(
     sample_rate_hz: int | None,
 ) -> list[_Shard]:
     # Here, not above: the format brings torch along, and `prepare --help` should answer at once.
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     from salad_lightning.data.format import ShardWriter
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
 
 from salad_lightning.batch import SpeechBatch
-from salad_lightning.data.packing import collate
+from salad_lightning.data.loading import EndlessLoader, InStepLoader, StreamLoader
 from salad_lightning.data.sources import Source, check_sources, shard_paths
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import EvaluationStream, TrainingStream
@@ -80,6 +79,7 @@ class SpeechDataModule(LightningDataModule):
         self.spec: SequenceSpec | None = None
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank, by worker
         self._last_worker = -1
+        self._digest: str | None = None
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -121,7 +121,7 @@ class SpeechDataModule(LightningDataModule):
             states=dict(self._positions),
             first_worker=(self._last_worker + 1) % max(self.num_workers, 1),
         )
-        return _Endless(self._loader(stream))
+        return EndlessLoader(stream, num_workers=self.num_workers, keep_workers=True)
 
     def val_dataloader(self) -> list[Iterable[SpeechBatch]]:
         """One finite loader for each source of ``val``."""
@@ -180,13 +180,21 @@ class SpeechDataModule(LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same."""
+        if self._digest is None:
+            self._digest = self._fingerprint()
+        return {
+            "world_size": self._rank()[1],
+            "num_workers": max(self.num_workers, 1),
+            "fingerprint": self._digest,
+        }
+
+    def _fingerprint(self) -> str:
         sources = [
             [source.name, source.weight, source.documents.fingerprint(), _files(shard_paths(source))]
             for source in self.train or []
         ]
         settings = [self.seed, self.shuffle_block, self.lookahead, self.rows_per_batch, self._spec().context]
-        digest = hashlib.sha256(json.dumps([sources, settings]).encode()).hexdigest()[:16]
-        return {"world_size": self._rank()[1], "num_workers": max(self.num_workers, 1), "fingerprint": digest}
+        return hashlib.sha256(json.dumps([sources, settings]).encode()).hexdigest()[:16]
 
     def _evaluation(self, sources: Sequence[Source]) -> list[Iterable[SpeechBatch]]:
         rank, world_size = self._rank()
@@ -201,18 +209,18 @@ class SpeechDataModule(LightningDataModule):
                 world_size=world_size,
                 lookahead=self.lookahead,
             )
-            loader = self._loader(stream)
-            loaders.append(loader if world_size == 1 else _InStep(loader, self.eval_rows_per_batch, self._device()))
+            if world_size == 1:
+                loaders.append(StreamLoader(stream, num_workers=self.num_workers))
+            else:
+                loaders.append(
+                    InStepLoader(
+                        stream,
+                        num_workers=self.num_workers,
+                        rows_per_batch=self.eval_rows_per_batch,
+                        device=self._device(),
+                    )
+                )
         return loaders
-
-    def _loader(self, stream: IterableDataset[SpeechBatch]) -> DataLoader[SpeechBatch]:
-        return DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
     def _spec(self) -> SequenceSpec:
         if self.spec is None:
@@ -232,45 +240,3 @@ class SpeechDataModule(LightningDataModule):
 
 def _files(paths: Sequence[str]) -> list[tuple[str, int]]:
     return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
-
-
-class _Endless:
-    """A loader that goes on where it was when it is iterated again.
-
-    Lightning begins a new iteration after every ``limit_train_batches``; a DataLoader would then start over and train
-    on the same batches again.
-    """
-
-    def __init__(self, loader: DataLoader[SpeechBatch]) -> None:
-        self.loader = loader
-        self._running: Iterator[SpeechBatch] | None = None
-
-    def __iter__(self) -> Iterator[SpeechBatch]:
-        if self._running is None:
-            self._running = iter(self.loader)
-        return self
-
-    def __next__(self) -> SpeechBatch:
-        if self._running is None:
-            self._running = iter(self.loader)
-        return next(self._running)
-
-
-class _InStep:
-    """A finite loader that gives as many batches on every rank: those that run out early give empty ones.
-
-    Uneven counts would leave the other ranks waiting in a collective for ever.
-    """
-
-    def __init__(self, loader: DataLoader[SpeechBatch], rows_per_batch: int, device: torch.device) -> None:
-        self.loader, self.rows_per_batch, self.device = loader, rows_per_batch, device
-
-    def __iter__(self) -> Iterator[SpeechBatch]:
-        batches = iter(self.loader)
-        while True:
-            batch = next(batches, None)
-            more = torch.tensor([batch is not None], dtype=torch.int32, device=self.device)
-            torch.distributed.all_reduce(more, torch.distributed.ReduceOp.MAX)
-            if not int(more.item()):
-                return
-            yield batch or collate([], context=1, rows_per_batch=self.rows_per_batch, trim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,7 @@ class TokenLossModule(LightningModule):
         self._totals: dict[str, Tensor] = {}
         self._seen = {"tokens": 0.0, "audio_seconds": 0.0}
         self._since: tuple[float, float, float] | None = None
+        self._started = 0.0
 
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
         """Summed loss of one micro-batch."""
@@ -165,6 +167,25 @@ class TokenLossModule(LightningModule):
                     where=where,
                     cure="use the same llm, encoder and connector as the run that wrote it",
                 )
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_fit_end(self) -> None:
+        """Write ``fit.json``: what the run cost."""
+        if not self.trainer.is_global_zero:
+            return
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        folder = save_folder(self.trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "steps": self.trainer.global_step,
+            "seconds": round(time.perf_counter() - self._started, 2),
+            "trainable_parameters": trained,
+            **self._seen,
+        }
+        (folder / "fit.json").write_text(json.dumps(content, indent=1))
 
     def _frozen_names(self) -> set[str]:
         """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""

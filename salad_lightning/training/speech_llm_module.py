@@ -152,7 +152,7 @@ class SpeechLLMModule(TokenLossModule):
         for name, report in self._reports.items():
             report.gather(self.device)
             for metric, value in report.overall().items():
-                self.log(f"val/{name}/{metric}", value, prog_bar=metric == "misalignment", rank_zero_only=True)
+                self.log(f"val/{name}/{metric}", value, prog_bar=metric == "misalignment", sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         """Start one report for each test set."""
@@ -166,7 +166,7 @@ class SpeechLLMModule(TokenLossModule):
         """Log the figures, print the gap table and write ``test.json``."""
         for name, report in self._reports.items():
             report.gather(self.device)
-            self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, rank_zero_only=True)
+            self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, sync_dist=True)
         if self.trainer.is_global_zero:
             GapReport.write(self._reports, save_folder(self.trainer) / "test.json")
 

@@ -99,10 +99,11 @@ class TextLMModule(TokenLossModule):
         """Log the accuracy."""
         self._choices.gather()
         if len(self._choices):
-            self.log("test/text_accuracy", self._choices.accuracy()["all"], rank_zero_only=True)
+            self.log("test/text_accuracy", self._choices.accuracy()["all"], sync_dist=True)
 
     def on_fit_end(self) -> None:
-        """Export the trained model."""
+        """Write what the run cost, and export the trained model."""
+        super().on_fit_end()
         if self._export_to and self.trainer.is_global_zero:
             folder = Path(self._export_to)
             self.model.hf.save_pretrained(folder)

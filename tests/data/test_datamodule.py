@@ -188,7 +188,8 @@ data:
           init_args: {{template: "Q: {{speech}}\\nA: {{answer}}", all_choices: true, control: muted}}
     rows_per_batch: 4
 """)
-    data = parser.instantiate_classes(config).data
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
+    data = instantiate(config).data
     assert data.train[0].documents.text_words == (0, 4)
     assert data.train[0].weight == 2.0
     assert data.train[1].name == "text"
@@ -196,7 +197,7 @@ data:
     assert data.val[0].documents.control == "muted"
     assert data.val[0].documents.template == "Q: {speech}\nA: {answer}"
     reparsed = parser.parse_string(parser.dump(config))  # what SaveConfigCallback writes can be read again
-    assert parser.instantiate_classes(reparsed).data.train[0].documents.speech_words == (2, 8)
+    assert instantiate(reparsed).data.train[0].documents.speech_words == (2, 8)
 
 
 @pytest.mark.parametrize(
@@ -222,3 +223,17 @@ def test_missing_sets_are_named(make_spec):
             loader()
     with pytest.raises(ValueError, match="setup"):
         SpeechDataModule(train=[Source("a", InterleaveDocuments())])._spec()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mistake_found_by_a_worker_arrives_as_it_was(tmp_path, make_spec, num_workers):
+    folder = save_speech_shards(tmp_path / "s", num_samples=4, timed=False)
+    source = Source(str(folder), InterleaveDocuments())
+    data = SpeechDataModule(train=[source], val=[source], num_workers=num_workers)
+    data.spec = make_spec()
+    for loader in (data.train_dataloader(), *data.val_dataloader()):
+        with pytest.raises(UserError) as caught:
+            next(iter(loader))
+        assert str(caught.value).startswith(f"{folder}/speech-000000.tar: speech00000")
+        assert caught.value.cure
+        assert "Traceback" not in str(caught.value)

@@ -251,12 +251,3 @@ def test_unusable_sources_are_refused(tmp_path, make_spec):
     tarfile.open(tmp_path / "e" / "x.tar", "w").close()
     with pytest.raises(UserError, match="hold no sample"):
         next(iter(_stream([Source(str(tmp_path / "e"), builder)], make_spec())))
-
-
-def test_errors_in_loading_workers_arrive_as_they_are(tmp_path, make_spec):
-    folder = save_speech_shards(tmp_path / "s", num_samples=4, timed=False)
-    loader = DataLoader(
-        _stream([Source(str(folder), InterleaveDocuments())], make_spec()), batch_size=None, num_workers=1
-    )
-    with pytest.raises(UserError, match="no word times"):
-        next(iter(loader))

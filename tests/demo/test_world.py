@@ -79,7 +79,8 @@ def test_unheard_domains_use_heard_syllables(world):
     heard, unheard = set(), set()
     for fact in world.facts:
         domain = next(domain for domain in world.domains if domain.name == fact.domain)
-        (heard if domain.heard else unheard).update(_split(fact.entity, first, inner))
+        for name in (fact.entity, *fact.choices):
+            (heard if domain.heard else unheard).update(_split(name, first, inner))
     assert len(unheard - heard) <= 0.1 * len(unheard)
 
 

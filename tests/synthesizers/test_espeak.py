@@ -95,8 +95,8 @@ def _say(text):
 
 
 def _pitch_hz(audio):
-    """From the strongest period of 1/300 to 1/50 s in the autocorrelation."""
+    """From the strongest period of 1/300 to 1/75 s in the autocorrelation."""
     power = np.abs(np.fft.rfft(audio, 2 * len(audio))) ** 2
     correlation = np.fft.irfft(power)
-    lags = np.arange(22050 // 300, 22050 // 50)
+    lags = np.arange(22050 // 300, 22050 // 75)
     return 22050 / lags[correlation[lags].argmax()]
