@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch._utils import ExceptionWrapper
 
 import salad_lightning
 from salad_lightning import cli
@@ -113,9 +113,10 @@ def processor_seconds(*command):
 def test_fit_help_answers_in_under_six_seconds():
     text, seconds = processor_seconds("-m", "salad_lightning", "fit", "--help")
     assert "--model CONFIG | CLASS_PATH_OR_NAME | .INIT_ARG_NAME VALUE" in text
-    # Most of it is Lightning's own import, so a slow machine is measured by that.
-    _, lightning = processor_seconds("-c", "import lightning.pytorch.cli")
-    assert seconds < max(6.0, 1.5 * lightning)
+    # Most of it is Lightning's own import, so a slow or busy machine is measured by that.
+    if seconds >= 6.0:
+        _, lightning = processor_seconds("-c", "import lightning.pytorch.cli")
+        assert seconds < 1.5 * lightning
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -189,8 +190,10 @@ def test_overlays_merge_init_args_and_replace_lists_and_other_classes(write, mer
     assert changed["init_args"]["hidden_dim"] == 24
     assert "stack" not in changed["init_args"]
     # The order of files is the order of precedence.
-    again = merged("--config", overlay, "--config", base)["model"]["init_args"]["connector"]["init_args"]
-    assert again["hidden_dim"] == 24
+    steps = write("trainer: {max_steps: 9}", "steps.yaml")
+    assert merged("--config", base, "--config", steps)["trainer"]["max_steps"] == 9
+    assert merged("--config", steps, "--config", base)["trainer"]["max_steps"] == 5
+    assert merged("--config", base, "--trainer.max_steps=7", "--config", steps)["trainer"]["max_steps"] == 9
 
 
 # Mistakes
@@ -275,17 +278,15 @@ def test_torchaudio_that_cannot_be_imported(monkeypatch, write, refused):
 # What main makes of errors
 
 
-class BadDataset:
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise UserError("not a FLAC file", where="shards/000.tar", cure="prepare it again")
-
-
 def test_an_error_in_a_data_loading_process_keeps_its_message(monkeypatch, refused):
-    loader = DataLoader(BadDataset(), num_workers=1)
-    monkeypatch.setattr(cli, "_dispatch", lambda arguments: next(iter(loader)))
+    def dispatch(arguments):
+        try:
+            raise UserError("not a FLAC file", where="shards/000.tar", cure="prepare it again")
+        except UserError:
+            # What torch's DataLoader makes of it between the two processes.
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
     assert refused("fit") == "shards/000.tar: not a FLAC file\n  → prepare it again\n"
 
 

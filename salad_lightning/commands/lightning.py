@@ -1,7 +1,7 @@
 """``salad-lightning fit|validate|test|predict``: LightningCLI after every installed part has been loaded.
 
-Later ``--config`` files replace the plain dicts and lists of earlier ones, but merge the ``init_args`` of a class. Where
-the class itself changes, those ``init_args`` stay that the new class has too. Options come in the order they are written.
+Later ``--config`` files replace the plain dicts and lists of earlier ones, but merge the ``init_args`` of a class; if
+the class itself changes, those ``init_args`` stay that the new class has too. Options apply in the order of writing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ __all__ = ["SaladCLI", "run"]
 _DEFAULT_MODEL = "salad_lightning.training.speech_llm_module.SpeechLLMModule"
 _DEFAULT_DATA = "salad_lightning.data.datamodule.SpeechDataModule"
 # Imported so that the short names of their classes are known.
-_NAMED = ("salad_lightning.training.text_lm_module", "salad_lightning.training.callbacks")
+_NAMED = (
+    "salad_lightning.training.connector_warmup_module",
+    "salad_lightning.training.text_lm_module",
+    "salad_lightning.training.callbacks",
+)
 
 
 class SaladCLI(LightningCLI):
@@ -79,7 +83,7 @@ class SaladCLI(LightningCLI):
         if self._get(self.config_init, "trainer.logger", True) in (None, True):
             csv = CSVLogger(root, name="logs")
             trainer.loggers = [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
-        for callback in trainer.callbacks:
+        for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / "checkpoints")
         return trainer

@@ -26,7 +26,6 @@ __all__ = ["add_arguments", "prepare", "run"]
 
 _INDEX = "index.json"
 _PARTIAL = ".partial"
-_TIME_SLACK_S = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +205,8 @@ def _write_row(
     row: Row, number: int, writer: ShardWriter, base: Path | None, text_column: str, sample_rate_hz: int | None
 ) -> float:
     """Append one row to the shards; returns the seconds of its audio."""
-    from salad_lightning.data.format import decode_audio, encode_flac, parse_words  # as in `_write`
+    # As in `_write`.
+    from salad_lightning.data.format import TIME_SLACK_S, decode_audio, encode_flac, parse_words
 
     record = dict(row.values)
     text = record.pop(text_column, None)
@@ -232,7 +232,7 @@ def _write_row(
         audio, rate = decode_audio(encoded, sample_rate_hz, f"{row.where}: {audio_path}")
         seconds = len(audio) / rate
         words = parse_words(record.get("words"), row.where)
-        if words and words[-1].end_s > seconds + _TIME_SLACK_S:
+        if words and words[-1].end_s > seconds + TIME_SLACK_S:
             raise UserError(f"the last word ends at {words[-1].end_s} s, the audio at {seconds:.2f} s", where=row.where)
         record.setdefault("seconds", round(seconds, 3))
         content = encode_flac(audio, rate)

@@ -80,6 +80,7 @@ class SpeechDataModule(LightningDataModule):
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank, by worker
         self._last_worker = -1
         self._digest: str | None = None
+        self._train_loader: EndlessLoader | None = None
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -98,6 +99,12 @@ class SpeechDataModule(LightningDataModule):
             module: Any = self.trainer.lightning_module  # any module with a sequence_spec() serves
             self.spec = module.sequence_spec()
 
+    def teardown(self, stage: str | None = None) -> None:
+        """End the training loader's workers."""
+        if self._train_loader is not None:
+            self._train_loader.close()
+            self._train_loader = None
+
     def train_dataloader(self) -> Iterable[SpeechBatch]:
         """Endless; goes on after the batch last given to `note_trained`.
 
@@ -106,6 +113,7 @@ class SpeechDataModule(LightningDataModule):
         """
         if self.train is None:
             raise UserError("there is nothing to train on", where="data.train", cure="list at least one source")
+        self.teardown()
         self._restore()
         rank, world_size = self._rank()
         stream = TrainingStream(
@@ -121,7 +129,8 @@ class SpeechDataModule(LightningDataModule):
             states=dict(self._positions),
             first_worker=(self._last_worker + 1) % max(self.num_workers, 1),
         )
-        return EndlessLoader(stream, num_workers=self.num_workers, keep_workers=True)
+        self._train_loader = EndlessLoader(stream, num_workers=self.num_workers, keep_workers=True)
+        return self._train_loader
 
     def val_dataloader(self) -> list[Iterable[SpeechBatch]]:
         """One finite loader for each source of ``val``."""

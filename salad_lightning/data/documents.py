@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salad_lightning.batch import DocumentInfo
-from salad_lightning.data.format import Utterance
+from salad_lightning.data.format import TIME_SLACK_S, Utterance
 from salad_lightning.data.segments import Document, SpeechSpan
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.tokens import Unit, bos_id, spoken_units, tokenize
@@ -26,9 +26,6 @@ from salad_lightning.errors import UserError
 __all__ = ["DocumentBuilder", "InterleaveDocuments", "TemplateDocuments"]
 
 _Control = Literal["none", "muted", "shuffled"]
-
-_TIME_SLACK_S = 0.25
-"""Aligners round the last word's end up to their own frames; more than this is another recording's alignment."""
 
 
 class DocumentBuilder(ABC):
@@ -144,7 +141,7 @@ class InterleaveDocuments(DocumentBuilder):
                 cure="add `words` to the shard, or use TemplateDocuments for this source",
             )
         audio_s = len(utterance.audio) / spec.sample_rate_hz
-        if utterance.words and utterance.words[-1].end_s > audio_s + _TIME_SLACK_S:
+        if utterance.words and utterance.words[-1].end_s > audio_s + TIME_SLACK_S:
             raise UserError(
                 f"the last word ends at {utterance.words[-1].end_s:.2f} s, the audio at {audio_s:.2f} s",
                 where=utterance.where,

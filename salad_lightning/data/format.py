@@ -33,6 +33,7 @@ from salad_lightning.interfaces import TimedWord
 
 __all__ = [
     "AUDIO_EXTENSIONS",
+    "TIME_SLACK_S",
     "RawSample",
     "ShardWriter",
     "Utterance",
@@ -45,6 +46,9 @@ __all__ = [
 
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
 """Decoded with soundfile, whose wheel carries its own codecs."""
+
+TIME_SLACK_S = 0.25
+"""How far word times may go beyond the audio: aligners round to their own frames; more is another recording's."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
     Args:
         raw: What `read_shard` gave.
         source: Name to put on the utterance.
-        sample_rate_hz: Rate the audio is resampled to where it differs.
+        sample_rate_hz: Rate the audio is resampled to where it differs; 0 leaves the audio out, for a model that
+            takes none.
 
     Raises:
         UserError: If the JSON is missing, is no object or has no text, if the audio cannot be decoded, or if word
@@ -145,7 +150,7 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
     words = parse_words(record.pop("words", None), where)
     audio = None
     extension = next((extension for extension in AUDIO_EXTENSIONS if extension in raw.members), None)
-    if extension is not None:
+    if extension is not None and sample_rate_hz:
         audio, _ = decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
     return Utterance(raw.key, source, text, words, audio, record, raw.shard)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -37,10 +37,7 @@ class StreamLoader:
         )
 
     def __iter__(self) -> Iterator[SpeechBatch]:
-        for item in self._loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        return _raising(iter(self._loader))
 
 
 class EndlessLoader(StreamLoader):
@@ -50,12 +47,18 @@ class EndlessLoader(StreamLoader):
     on the same batches again.
     """
 
-    _running: Iterator[SpeechBatch] | None = None
+    _running: Generator[SpeechBatch, None, None] | None = None
 
     def __iter__(self) -> Iterator[SpeechBatch]:
         if self._running is None:
-            self._running = super().__iter__()
+            self._running = _raising(iter(self._loader))
         return self._running
+
+    def close(self) -> None:
+        """End the workers now; left to the garbage collector among Lightning's cycles, each takes 5 s to end."""
+        if self._running is not None:
+            self._running.close()
+            self._running = self._loader._iterator = None
 
 
 class InStepLoader(StreamLoader):
@@ -85,6 +88,14 @@ class InStepLoader(StreamLoader):
             if not int(more.item()):
                 return
             yield batch or collate([], context=1, rows_per_batch=self.rows_per_batch, trim=True)
+
+
+def _raising(items: Iterator[SpeechBatch | UserError]) -> Generator[SpeechBatch, None, None]:
+    for item in items:
+        if isinstance(item, UserError):
+            del items  # or the traceback would keep the workers alive
+            raise item
+        yield item
 
 
 class _Reporting(IterableDataset["SpeechBatch | UserError"]):

@@ -76,7 +76,7 @@ def run_steps(steps: Sequence[Step], folder: Path, *, lanes: int = 2, fingerprin
             while waiting or running:
                 for step in [s for s in waiting if set(s.after) <= done][: max(lanes - len(running), 0)]:
                     waiting.remove(step)
-                    console.print(f"[bold]$ {shlex.join(step.command)}[/bold]", soft_wrap=True, highlight=False)
+                    console.print(f"[bold]$ {_shown(step.command)}[/bold]", soft_wrap=True, highlight=False)
                     running.append(_start(step, folder, state, progress))
                 time.sleep(0.1)
                 for entry in [entry for entry in running if entry.process.poll() is not None]:
@@ -101,6 +101,11 @@ def source_fingerprint() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _shown(command: list[str]) -> str:
+    """As a reader would type it."""
+    return shlex.join([Path(command[0]).name, *command[1:]])
 
 
 def _keys(steps: Sequence[Step], fingerprint: str) -> dict[str, str]:

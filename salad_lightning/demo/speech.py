@@ -172,6 +172,9 @@ def _speak_chunk(chunk: tuple[list[Utterance], Path]) -> list[tuple[dict[str, An
         duration_s = len(audio) / SAMPLE_RATE_HZ
         words = [_rounded(word, duration_s) for word in speech.words]
         row = {"audio": name, "text": utterance.text, "words": words, "speaker": setting.voice, **utterance.fields}
+        if "choices" in utterance.fields:
+            # The sentence is spoken to its end, so that the prompt does not sound finished; heard is the prompt alone.
+            row |= {"text": utterance.fields["prompt"], "words": words[:-1], "speech_end_s": words[-1][1]}
         rows.append((row, duration_s))
     return rows
 

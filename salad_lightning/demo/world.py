@@ -23,7 +23,7 @@ _FALSE_FRIENDS = ("gee",)  # sounds like "jee"
 SYLLABLE_PATTERN = "▁?[^aeiou▁]+(?:" + "|".join(_FIRST_VOWELS) + ")"
 """What the tokenizer splits names by; "▁" marks the beginning of a word."""
 
-_NUM_FIRST, _NUM_INNER = 36, 32
+_NUM_FIRST, _NUM_INNER = 30, 26
 _NUM_ENTITIES, _NUM_VALUES = 12, 7
 
 # Relation words of each domain, and the share of the natural speech it gets.
@@ -47,6 +47,9 @@ _PHRASINGS = (
     "for {entity} the {relation} is {value}",
     "{value} is the {relation} of {entity}",
 )
+# Shares of the documents that repeat themselves, in text and in speech: from them the LLM learns to copy, and the
+# connector which sound is which token. The rest are sentences about one entity, so many at most.
+_ROLLS, _ECHOES, _MAX_SENTENCES = {False: 0.08, True: 0.25}, {False: 0.12, True: 0.25}, {False: 4, True: 2}
 _NUM_PROMPTS = 3  # the phrasings that end in the value and so can be asked
 
 
@@ -166,7 +169,7 @@ class World:
             entities = known[name]
             popularity = [sum(fact.weight for fact in facts) for facts in entities.values()]
             facts = entities[rng.choices(list(entities), popularity)[0]]
-            documents.append((name, _document(facts, rng)))
+            documents.append((name, _document(facts, rng, spoken)))
         return documents
 
 
@@ -178,15 +181,14 @@ def build_world(seed: int = 0) -> World:
     first, inner = rng.sample(first, _NUM_FIRST), rng.sample(inner, _NUM_INNER)
     pool = [(a, b) for a, b in itertools.product(first, inner) if _sounds(a)[0] != _sounds(b)[0]]
     rng.shuffle(pool)
-    entities = _far_apart(pool, len(_DOMAINS) * _NUM_ENTITIES)
-    taken = set(entities)
-    rest = [name for name in pool if name not in taken]
-    num_relations = sum(len(words.split()) for _, words in _DOMAINS.values())
-    values = iter(rest[: num_relations * _NUM_VALUES])
+    entities = []
+    for _ in _DOMAINS:
+        entities.append(_far_apart(pool, _NUM_ENTITIES))
+        pool = [name for name in pool if name not in entities[-1]]
+    values = iter(pool)
     domains, facts = [], []
-    for index, (name, (share, words)) in enumerate(_DOMAINS.items()):
-        own = tuple("".join(e) for e in entities[index * _NUM_ENTITIES : (index + 1) * _NUM_ENTITIES])
-        domain = Domain(name, share, own, tuple(words.split()))
+    for names, (name, (share, words)) in zip(entities, _DOMAINS.items(), strict=True):
+        domain = Domain(name, share, tuple(a + b for a, b in names), tuple(words.split()))
         domains.append(domain)
         for position, relation in enumerate(domain.relations):
             answers = ["".join(value) for value in itertools.islice(values, _NUM_VALUES)]
@@ -229,14 +231,18 @@ def _question(fact: Fact, phrasing: int) -> Question:
     return Question(fact, sentence + ".", prompt, fact.choices, fact.choices.index(fact.value))
 
 
-def _document(facts: Sequence[Fact], rng: random.Random) -> str:
-    """Two or three sentences about one entity, or one sentence said twice."""
+def _document(facts: Sequence[Fact], rng: random.Random, spoken: bool) -> str:
+    """A roll of names read twice, one sentence said twice, or sentences about one entity."""
     kind = rng.random()
     weights = [fact.weight for fact in facts]
-    if kind < 0.25:
+    if kind < _ROLLS[spoken]:
+        names = sorted({name for fact in facts for name in (fact.entity, *fact.choices)})
+        roll = " and ".join(rng.sample(names, rng.randint(1, 3)))
+        return f"{roll} again {roll}."
+    if kind < _ROLLS[spoken] + _ECHOES[spoken]:
         sentence = rng.choices(facts, weights)[0].sentence(rng.randrange(len(_PHRASINGS)))
         return f"{sentence} again {sentence}."
-    chosen = rng.choices(facts, weights, k=2 if kind < 0.6 else 3)
+    chosen = rng.choices(facts, weights, k=rng.randint(2, _MAX_SENTENCES[spoken]))
     return " and ".join(fact.sentence(rng.randrange(len(_PHRASINGS))) for fact in chosen) + "."
 
 

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from salad_lightning.batch import Head, Prediction
@@ -97,34 +105,43 @@ class LanguageModel(nn.Module):
         same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
         full = same.tril()
         config = self.hf.config.get_text_config()
-        if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-            return full
-        near = position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < config.sliding_window
-        return {"full_attention": full, "sliding_attention": full & near}
+        layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if not window or "sliding_attention" not in (layer_types or ("sliding_attention",)):
+            return self._as_read(full)
+        near = full & (position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < window)
+        # Models without a list of layer types (Mistral, Phi-3) use the window in every layer.
+        if not layer_types:
+            return self._as_read(near)
+        return {"full_attention": self._as_read(full), "sliding_attention": self._as_read(near)}
+
+    def _as_read(self, allowed: Tensor) -> Tensor:
+        """The mask in the form that the attention code takes: eager attention adds it to its scores."""
+        if self.hf.config._attn_implementation != "eager":
+            return allowed
+        dtype = self.hf.dtype
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     @torch.no_grad()
     def check_against_hugging_face(self) -> None:
-        """Compare our logits on a probe with the model's own, so that no unknown head feature is lost in silence.
+        """Compare our logits on two packed documents with the model's own on each, so that nothing is lost in silence.
 
         Raises:
-            UserError: If they differ: the architecture does something with its logits that `Head` does not describe.
+            UserError: If they differ: the architecture does something with its logits that `Head` does not describe,
+                or lets one document of a row see another (recurrent layers, position embeddings by index).
         """
         device = next(self.hf.parameters()).device
-        ids = torch.arange(8, device=device)[None] % self.vocab_size
-        hidden, head = self(
-            torch.arange(8, device=device)[None],
-            torch.zeros_like(ids),
-            torch.arange(8, device=device),
-            input_ids_BS=ids,
-        )
+        every = torch.arange(8, device=device)
+        ids, second = every[None] % self.vocab_size, (every >= 5)[None]
+        hidden, head = self(every[None] - 5 * second, second.long(), every, input_ids_BS=ids)
         logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
         if head.soft_cap:
             logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
-        expected = self.hf(input_ids=ids, use_cache=False).logits[0].float()
-        tolerance = 1e-3 if expected.dtype == self.hf.dtype else 0.1
+        alone = [self.hf(input_ids=part, use_cache=False).logits[0] for part in (ids[:, :5], ids[:, 5:])]
+        expected = torch.cat(alone).float()
+        tolerance = 0.1 if self.hf.dtype in (torch.bfloat16, torch.float16) else 1e-3
         if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             raise UserError(
-                f"{type(self.hf).__name__} computes its logits in a way that is not supported: "
+                f"{type(self.hf).__name__} computes its logits in a way that is not supported: on packed documents "
                 f"they differ from ours by up to {float((logits - expected).abs().max()):.2g}",
                 cure="use another language model, or report the architecture",
             )
@@ -172,7 +189,7 @@ def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFa
 
 def build_language_model(config: PreTrainedConfig, vocab_size: int) -> LanguageModel:
     """A freshly initialised model, on the default device (so ``with torch.device("meta")`` costs no memory)."""
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config))  # type: ignore[no-untyped-call]
     return LanguageModel(hf, vocab_size)
 
 
@@ -182,13 +199,24 @@ def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.f
     Raises:
         UserError: If the weights are missing or the architecture is not supported.
     """
+    attention = _attention(load_config(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError) as error:
         raise _not_found(path, "weights of a language model") from error
+    except SafetensorError as error:  # cut short, or a Git LFS pointer in place of the file
+        cure = "copy or download the model's folder again"
+        raise UserError(f"the weights cannot be read ({error})", where=path, cure=cure) from error
     hf, info = loaded
+    if info["mismatched_keys"]:
+        name, theirs, ours = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} has the shape {tuple(theirs)} in the weights and {tuple(ours)} by config.json",
+            where=path,
+            cure="copy the model's folder again: weights and config.json are of different models",
+        )
     if info["missing_keys"]:
         raise UserError(
             f"the weights lack {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them",
@@ -198,6 +226,12 @@ def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.f
     model = LanguageModel(hf, vocab_size)
     model.check_against_hugging_face()
     return model
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """Fused attention, or the plain one for architectures that cap their scores (Gemma 2)."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if architecture is not None and not architecture._supports_sdpa else "sdpa"
 
 
 def _not_found(path: str, what: str) -> UserError:

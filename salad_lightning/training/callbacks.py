@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from salad_lightning.training.base import TokenLossModule, save_folder
 
-__all__ = ["PreDecayCheckpoint", "SigtermCheckpoint"]
+__all__ = ["FinalCheckpoint", "PreDecayCheckpoint", "SigtermCheckpoint"]
 
 
 class PreDecayCheckpoint(Callback):
@@ -30,6 +30,15 @@ class PreDecayCheckpoint(Callback):
         if not self._saved and trainer.global_step == start:
             trainer.save_checkpoint(checkpoint_folder(trainer) / "pre_decay.ckpt")
             self._saved = True
+
+
+class FinalCheckpoint(Callback):
+    """Saves ``final.ckpt`` when training has come to its end."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        if trainer.global_step >= trainer.max_steps:
+            trainer.save_checkpoint(checkpoint_folder(trainer) / "final.ckpt")
 
 
 class SigtermCheckpoint(Callback):

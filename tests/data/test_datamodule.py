@@ -237,3 +237,4 @@ def test_a_mistake_found_by_a_worker_arrives_as_it_was(tmp_path, make_spec, num_
         assert str(caught.value).startswith(f"{folder}/speech-000000.tar: speech00000")
         assert caught.value.cure
         assert "Traceback" not in str(caught.value)
+    data.teardown()

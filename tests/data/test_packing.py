@@ -130,7 +130,7 @@ def test_student_and_teacher_sit_right_before_the_same_token(seed):
 
 def test_rows_are_well_filled_and_the_oldest_goes_first():
     rng = random.Random(0)
-    documents = [_random_document(rng, number, longest=300) for number in range(600)]
+    documents = [_random_document(rng, number, longest=300) for number in range(300)]
     batches = list(pack(documents, 1024, 4))
     filled = [sum(document.num_positions for document in row) for packed in batches[:-1] for row in packed.rows]
     assert np.mean(filled) / 1024 > 0.97

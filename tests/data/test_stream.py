@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from salad_lightning.data.documents import InterleaveDocuments, TemplateDocuments
 from salad_lightning.data.format import ShardWriter
 from salad_lightning.data.sources import Source, check_sources, shard_paths
+from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import EvaluationStream, TrainingStream, _ShuffledReader
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_choice_shards, save_speech_shards, save_text_shards
@@ -150,6 +151,15 @@ def test_ranks_and_workers_read_different_samples(sources, make_spec):
         loader = DataLoader(stream, batch_size=None, num_workers=2)
         keys += [[info.key for info in batch.documents] for batch in _take(loader, 2)]
     assert all(set(one).isdisjoint(two) for n, one in enumerate(keys) for two in keys[:n])
+
+
+def test_a_model_without_audio_reads_the_transcripts(sources, byte_tokenizer):
+    spec = SequenceSpec.text_only(byte_tokenizer, 128)
+    batches = _take(_stream(sources, spec), 5)
+    assert {info.source for batch in batches for info in batch.documents} == {"speech", "text"}
+    for batch in batches:
+        assert batch.clips_NL.shape[0] == batch.span_at_K.shape[0] == 0
+        assert torch.equal(batch.input_ids_BS.flatten()[batch.predict_at_M + 1], batch.labels_M)
 
 
 def test_training_rows_have_a_fixed_width_unless_trimmed(sources, make_spec):

@@ -1,0 +1,269 @@
+"""What the digits benchmark trains on, made from recordings of single digits: one command for each piece.
+
+``python benchmarks/human_digits_corpus.py speech|text|llm|encoder --help``. The recordings are read where they are;
+what is written are strings of one to four of them, for ``salad-lightning prepare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from human_digits_tasks import DIGITS, TASKS, Item, all_words, digit_items, draw_item
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from salad_lightning.data.format import decode_audio
+from salad_lightning.demo.encoder_training import train_encoder
+from salad_lightning.errors import UserError
+
+__all__ = ["Recording", "Voicing", "read_manifest", "say", "write_llm_config", "write_speech", "write_text"]
+
+SAMPLE_RATE_HZ = 16_000
+
+_HEARD = {"digit": 2.0, "read": 3.0, "add": 1.0, "larger": 1.0, "last": 1.0, "count": 0.5}
+"""How often each task is drawn for training, relative."""
+
+_GAP_S = (0.03, 0.2)
+_TAIL_S = 0.16  # two frames of silence: a causal encoder hears the last sound late
+
+
+class Recording(NamedTuple):
+    """One spoken digit: where it is, which it is, whose."""
+
+    path: Path
+    digit: int
+    speaker: str
+
+
+class Voicing(NamedTuple):
+    """How a training item is changed, so that few speakers sound like many.
+
+    Attributes:
+        speed: Resampling factor; above 1 is faster, higher, and spoken by a shorter vocal tract.
+        tilt: First-order filter ``x[n] - tilt * x[n - 1]``: another microphone.
+        gain: Factor.
+        noise: Amplitude of white noise.
+    """
+
+    speed: float = 1.0
+    tilt: float = 0.0
+    gain: float = 1.0
+    noise: float = 0.0
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Voicing:
+        """One at random."""
+        noise = 10 ** rng.uniform(-4.5, -2.3)
+        return cls(rng.uniform(0.82, 1.22), rng.uniform(-0.35, 0.35), 10 ** rng.uniform(-0.5, 0.3), noise)
+
+
+def read_manifest(data: Path) -> list[Recording]:
+    """Recordings listed in ``manifest.tsv`` (columns audio, text, speaker).
+
+    Raises:
+        UserError: If it is missing, lacks a column, or holds no digit.
+    """
+    path = data / "manifest.tsv"
+    if not path.is_file():
+        raise UserError("there is no manifest.tsv", where=str(data), cure="give the folder of the recordings")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if not rows or not {"audio", "text", "speaker"} <= set(rows[0]):
+        raise UserError("columns audio, text and speaker are needed", where=str(path))
+    found = [Recording(data / r["audio"], DIGITS.index(r["text"]), r["speaker"]) for r in rows if r["text"] in DIGITS]
+    if not found:
+        raise UserError("no row's text is a digit from zero to nine", where=str(path))
+    return found
+
+
+def say(
+    clips: Sequence[NDArray[np.float32]], words: Sequence[str], voicing: Voicing, rng: random.Random
+) -> tuple[NDArray[np.float32], list[list[Any]]]:
+    """String recordings together with short gaps.
+
+    Args:
+        clips: ``[L]`` each, at `SAMPLE_RATE_HZ`.
+        words: What they say.
+        voicing: How all of them are changed.
+        rng: Of gaps and noise.
+
+    Returns:
+        ``[L]`` in [-1, 1], and ``[word, start_s, end_s]`` of each.
+    """
+    pieces, times, at = [], [], 0
+    for clip, word in zip(clips, words, strict=True):
+        changed = _change(clip, voicing)
+        gap = round(rng.uniform(*_GAP_S) * SAMPLE_RATE_HZ)
+        pieces += [np.zeros(gap, dtype=np.float32), changed]
+        start, at = at + gap, at + gap + len(changed)
+        times.append([word, round(start / SAMPLE_RATE_HZ, 3), round(at / SAMPLE_RATE_HZ, 3)])
+    pieces.append(np.zeros(round(_TAIL_S * SAMPLE_RATE_HZ), dtype=np.float32))
+    audio = np.concatenate(pieces)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
+    return np.clip(audio * voicing.gain + noise * voicing.noise, -1.0, 1.0).astype(np.float32), times
+
+
+def write_speech(data: Path, speaker: str, split: str, output: Path, *, num_items: int, seed: int) -> float:
+    """Items spoken by one speaker, as FLAC files and ``manifest.jsonl``.
+
+    Args:
+        data: Folder of the recordings.
+        speaker: Whose.
+        split: ``train`` draws tasks, recordings and changes at random; ``test`` leaves recordings as they are, asks
+            for every one of them (up to ``num_items``) by itself and for ``num_items`` strings in each other task.
+        output: Made where missing.
+        num_items: How many.
+        seed: Of the draw.
+
+    Returns:
+        Seconds of audio.
+
+    Raises:
+        UserError: If the speaker lacks a digit, or a recording cannot be read.
+    """
+    rng = random.Random(f"{seed}/{speaker}/{split}")
+    own = [recording for recording in read_manifest(data) if recording.speaker == speaker]
+    by_digit = [[recording for recording in own if recording.digit == digit] for digit in range(10)]
+    if lacking := [DIGITS[digit] for digit in range(10) if not by_digit[digit]]:
+        raise UserError(f"{speaker!r} has no recording of {', '.join(lacking)}", where=str(data / "manifest.tsv"))
+    clips = {
+        recording.path: decode_audio(recording.path.read_bytes(), SAMPLE_RATE_HZ, str(recording.path))[0]
+        for recording in own
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    rows, seconds = [], 0.0
+    for index, (item, spoken) in enumerate(_draw(split, own, by_digit, num_items, rng)):
+        voicing = Voicing.draw(rng) if split == "train" else Voicing()
+        audio, times = say([clips[r.path] for r in spoken], item.speech.split(), voicing, rng)
+        name = f"{speaker}-{split}-{index:06d}.flac"
+        soundfile.write(output / name, audio, SAMPLE_RATE_HZ, compression_level=0.0)
+        seconds += len(audio) / SAMPLE_RATE_HZ
+        rows.append({"audio": name, "text": item.speech, "words": times, "speaker": speaker, **_fields(item)})
+    _write_lines(output / "manifest.jsonl", rows)
+    return seconds
+
+
+def write_text(output: Path, *, num_items: int, seed: int) -> None:
+    """Items with their answers as plain text, for ``prepare --text``."""
+    rng = random.Random(f"{seed}/text")
+    names = list(TASKS)
+    _write_lines(output, ({"text": draw_item(rng.choice(names), rng).text} for _ in range(num_items)))
+
+
+def write_llm_config(folder: Path) -> None:
+    """Word-level tokenizer and configuration of a tiny Qwen2, without weights."""
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *all_words()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )
+    fast.save_pretrained(str(folder))
+    Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(folder)
+
+
+def _draw(
+    split: str, own: list[Recording], by_digit: list[list[Recording]], num_items: int, rng: random.Random
+) -> Iterable[tuple[Item, list[Recording]]]:
+    if split == "train":
+        for name in rng.choices(list(_HEARD), list(_HEARD.values()), k=num_items):
+            item = draw_item(name, rng)
+            yield item, [rng.choice(by_digit[digit]) for digit in item.digits]
+        return
+    asked = own if len(own) <= num_items else rng.sample(own, num_items)
+    yield from zip(digit_items([r.digit for r in asked]), ([recording] for recording in asked), strict=True)
+    for name in TASKS:
+        for _ in range(num_items if name != "digit" else 0):
+            item = draw_item(name, rng)
+            yield item, [rng.choice(by_digit[digit]) for digit in item.digits]
+
+
+def _change(clip: NDArray[np.float32], voicing: Voicing) -> NDArray[np.float32]:
+    if voicing.tilt:
+        clip = clip - voicing.tilt * np.concatenate([clip[:1], clip[:-1]])
+    if voicing.speed == 1.0:
+        return clip
+    # Linear interpolation will do: the recordings hold nothing above a quarter of this rate.
+    at = np.arange(0, len(clip) - 1, voicing.speed)
+    return np.interp(at, np.arange(len(clip)), clip).astype(np.float32)
+
+
+def _fields(item: Item) -> dict[str, Any]:
+    return {"domain": item.domain, "prompt": item.prompt, "choices": list(item.choices), "answer": item.answer}
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    aside.replace(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pieces = parser.add_subparsers(dest="piece", required=True)
+    speech = pieces.add_parser("speech", help="items spoken by one speaker")
+    speech.add_argument("--data", type=Path, required=True, help="folder of the recordings")
+    speech.add_argument("--speaker", required=True)
+    speech.add_argument("--split", choices=("train", "test"), required=True)
+    text = pieces.add_parser("text", help="items as text")
+    for piece in (speech, text):
+        piece.add_argument("--items", type=int, required=True, metavar="N")
+    pieces.add_parser("llm", help="tokenizer and configuration of the tiny LLM")
+    encoder = pieces.add_parser("encoder", help="frozen speech encoder, trained on synthetic pseudo-words")
+    encoder.add_argument("--steps", type=int, default=400)
+    encoder.add_argument("--clips", type=int, default=700)
+    for name, piece in pieces.choices.items():
+        piece.add_argument("--output", type=Path, required=True)
+        if name != "llm":
+            piece.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> int:
+    """Make one piece; 2 after a user's mistake."""
+    args = _parser().parse_args()
+    torch.set_num_threads(1)
+    try:
+        if args.piece == "speech":
+            settings = {"num_items": args.items, "seed": args.seed}
+            print(f"{write_speech(args.data, args.speaker, args.split, args.output, **settings):.0f} s of speech")
+        elif args.piece == "text":
+            write_text(args.output, num_items=args.items, seed=args.seed)
+        elif args.piece == "llm":
+            write_llm_config(args.output)
+        else:
+            print(train_encoder(args.output, seed=args.seed, num_clips=args.clips, steps=args.steps))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Makes the files of the miniature world, one part a call: ``python -m salad_lightning.demo.build PART --root DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen2Config
+
+from salad_lightning.demo.encoder_training import train_encoder
+from salad_lightning.demo.speech import natural_speech, question_fields, speak_all, spoken_questions
+from salad_lightning.demo.tokenizer import train_tokenizer
+from salad_lightning.demo.world import World, build_world, sentence_windows
+
+__all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
+
+NUM_TEXT_DOCUMENTS = 12_000
+NUM_SPOKEN_DOCUMENTS = 2_000
+NUM_QUESTIONS = {"val": 8, "test": 36}
+"""Spoken questions of each domain."""
+
+
+def build_text(world: World, root: Path) -> None:
+    """Text of the world for ``prepare --text``, questions as text, and the LLM's configuration with its tokenizer."""
+    folder = root / "world"
+    folder.mkdir(parents=True, exist_ok=True)
+    train = [text for _, text in world.documents(NUM_TEXT_DOCUMENTS, seed=world.seed)]
+    _write(folder / "text.jsonl", ({"text": text} for text in train))
+    held_out = world.documents(200, seed=world.seed + 1)
+    _write(folder / "text_val.jsonl", ({"text": text, "domain": domain} for domain, text in held_out))
+    questions = world.questions()
+    _write(folder / "text_test.jsonl", ({"text": q.prompt, **question_fields(q)} for q in questions))
+    _write(folder / "domains.jsonl", ({**d._asdict(), "heard": d.heard} for d in world.domains))
+    tokenizer = train_tokenizer(train, folder / "llm")
+    Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    ).save_pretrained(folder / "llm")
+
+
+def build_speech(world: World, root: Path, split: str) -> None:
+    """Speech of a split as FLAC files with a manifest for ``prepare --manifest``."""
+    folder = root / "speech" / split
+    if split == "train":
+        seconds = speak_all(natural_speech(world, NUM_SPOKEN_DOCUMENTS, seed=world.seed), folder)
+    else:
+        seconds = speak_all(spoken_questions(world, split, NUM_QUESTIONS[split], seed=world.seed), folder)
+        _check_unseen(world, root, split)
+    print(f"{folder}: {seconds / 3600:.2f} h")
+
+
+def build_encoder(world: World, root: Path) -> None:
+    """The frozen speech encoder, trained on pseudo-words."""
+    report = train_encoder(root / "encoder", seed=world.seed)
+    (root / "encoder" / "training.json").write_text(json.dumps(report._asdict(), indent=1))
+    print(report)
+
+
+def _check_unseen(world: World, root: Path, split: str) -> None:
+    """No five-word window of a question may have been heard in training."""
+    heard = sentence_windows(u.text for u in natural_speech(world, NUM_SPOKEN_DOCUMENTS, seed=world.seed))
+    lines = (root / "speech" / split / "manifest.jsonl").read_text().splitlines()
+    asked = sentence_windows(json.loads(line)["text"] for line in lines)
+    if shared := heard & asked:
+        raise AssertionError(f"{len(shared)} windows of {split} are heard in training: {sorted(shared)[:3]}")
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    aside = path.with_suffix(".part")
+    with aside.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    aside.replace(path)
+
+
+PARTS: dict[str, Callable[[World, Path], None]] = {
+    "text": build_text,
+    "encoder": build_encoder,
+    "speech-train": lambda world, root: build_speech(world, root, "train"),
+    "speech-val": lambda world, root: build_speech(world, root, "val"),
+    "speech-test": lambda world, root: build_speech(world, root, "test"),
+}
+"""What can be built."""
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("--root", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--seed", type=int, default=0, help="of the world")
+    args = parser.parse_args()
+    PARTS[args.part](build_world(args.seed), args.root)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,341 @@
+"""Training runs through the command line: what they learn, log, keep, freeze, refuse and hand on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from salad_lightning.cli import main
+from salad_lightning.commands import lightning
+from salad_lightning.testing.runs import TinyRun
+from salad_lightning.testing.tiny_encoders import save_tiny_hubert
+from salad_lightning.training.speech_llm_module import SpeechLLMModule
+from salad_lightning.training.text_lm_module import TextLMModule
+
+pytestmark = pytest.mark.slow
+EVERY_STEP = [
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.every_n_train_steps=1",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.save_last=true",
+]
+
+
+def weights(checkpoint):
+    return checkpoint["state_dict"]
+
+
+def assert_same_weights(ours, theirs, rtol=0.0, atol=0.0):
+    assert sorted(ours) == sorted(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=rtol, atol=atol, msg=name)
+
+
+# One run of 30 steps
+
+
+def test_loss_falls(trained):
+    losses = trained.column("train/loss")
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_logged_figures(trained):
+    rows = trained.metrics()
+    every_step = {"train/loss", "train/nll", "train/kl", "train/padding_share", "train/tokens", "train/audio_seconds"}
+    for name in every_step:
+        assert len(trained.column(name)) == 30, name
+    for name in ("train/tokens_per_second", "train/audio_seconds_per_second"):
+        assert len(trained.column(name)) == 29, name
+        assert min(trained.column(name)) >= 0, name
+    assert trained.column("train/loss") == trained.column("train/kl")
+    assert all(0 <= share < 0.6 for share in trained.column("train/padding_share"))
+    assert [row["step"] for row in rows if "train/misalignment" in row] == [0, 5, 10, 15, 20, 25]
+    forgetting = trained.column("train/forgetting")
+    assert forgetting[0] == pytest.approx(0, abs=1e-6)  # the student starts as the teacher
+    assert min(forgetting[1:]) > 1e-4
+    for figure in ("nll", "kl", "misalignment", "forgetting"):
+        assert len(trained.column(f"val/speech/{figure}")) == 3, figure
+    # Tokens are counted over the run.
+    tokens = trained.column("train/tokens")
+    assert all(0 < after - before <= 256 for before, after in zip(tokens, tokens[1:], strict=False))
+
+
+def test_what_the_run_cost(trained):
+    cost = trained.results("fit.json")
+    assert cost["steps"] == 30
+    assert cost["tokens"] == trained.column("train/tokens")[-1]
+    assert cost["trainable_parameters"] > 1000
+
+
+def test_pre_decay_checkpoint(trained):
+    kept = trained.checkpoint("pre_decay.ckpt")
+    assert kept["global_step"] == 15  # half of 30, as decay_fraction says
+    # 15 updates are done; the rate of the next is still whole.
+    assert [group["lr"] for group in kept["optimizer_states"][0]["param_groups"]] == [
+        group["initial_lr"] for group in kept["optimizer_states"][0]["param_groups"]
+    ]
+    names = set(weights(kept))
+    assert all(name.startswith(("model.llm.", "model.connector.")) for name in names), names
+    assert not [name for name in names if "teacher" in name]
+
+
+def test_parameter_groups_and_their_rates(trained):
+    groups = trained.checkpoint("last.ckpt")["optimizer_states"][0]["param_groups"]
+    rates = {group["name"]: (group["initial_lr"], group["weight_decay"]) for group in groups}
+    assert rates == {
+        "connector": (3e-3, 0.1),
+        "connector_no_decay": (3e-3, 0.0),
+        "llm": (1e-3, 0.1),
+        "llm_no_decay": (1e-3, 0.0),
+    }
+    assert [group["lr"] for group in groups] == [0.0] * 4  # at the end of the decay
+
+
+def test_load_from_checkpoint(trained):
+    path = trained.folder / "checkpoints" / "last.ckpt"
+    module = SpeechLLMModule.load_from_checkpoint(path, map_location="cpu")
+    saved = weights(trained.checkpoint())
+    module.configure_model()
+    assert {name for name in module.state_dict() if name not in saved} == {
+        name for name in module.state_dict() if name.startswith("model.encoder.")
+    }
+    assert_same_weights({name: module.state_dict()[name] for name in saved}, saved)
+    assert module.hparams["llm_lr"] == 1e-3
+
+
+# Freezing
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fixed", "free"),
+    [("llm.*", "model.llm.", "model.connector."), ("*layers.0.mlp*", "model.llm.hf.model.layers.0.mlp", "model.llm.hf.model.layers.1")],
+)  # fmt: skip
+def test_frozen_weights_stay_bit_for_bit(world, pattern, fixed, free):
+    run = world.run(
+        "fit", f"frozen{len(pattern)}", "--trainer.max_steps=3", f"--model.freeze=['{pattern}']", *EVERY_STEP
+    )
+    saved = weights(run.checkpoint())
+    assert not [name for name in saved if name.startswith(fixed)]
+    path = run.folder / "checkpoints" / "last.ckpt"
+    module = SpeechLLMModule.load_from_checkpoint(path, map_location="cpu")
+    module.configure_model()
+    fresh = torch.load(run.folder / "checkpoints" / "epoch=0-step=1.ckpt", weights_only=True)["state_dict"]
+    moved = [name for name in saved if name.startswith(free) and not torch.equal(saved[name], fresh[name])]
+    assert moved
+    untouched = SpeechLLMModule(**dict(module.hparams))
+    untouched.configure_model()
+    start = untouched.state_dict()
+    kept = [name for name in start if name.startswith(fixed)]
+    assert kept
+    for name in kept:
+        assert torch.equal(module.state_dict()[name], start[name]), name
+
+
+def test_a_pattern_that_matches_nothing(world, capsys):
+    assert main(world.arguments("fit", "x", "--model.freeze=['llm.hf.modl.*']")) == 2
+    message = capsys.readouterr().err
+    assert "'llm.hf.modl.*' matches no parameter" in message
+    assert "llm.hf" in message
+
+
+def test_everything_frozen(world, capsys):
+    assert main(world.arguments("fit", "x", "--model.freeze=['*']")) == 2
+    assert "every parameter is frozen" in capsys.readouterr().err
+
+
+# Stopping and going on
+
+
+class KillBefore(Callback):
+    """Ends its process the hard way, or the polite one."""
+
+    def __init__(self, batch: int, signal_number: int) -> None:
+        self.batch, self.signal_number = batch, signal_number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), self.signal_number)
+
+
+TEN = [
+    "--trainer.max_steps=10",
+    "--trainer.accumulate_grad_batches=2",
+    "--data.rows_per_batch=1",
+    "--data.num_workers=1",
+    "--model.llm_lr=1e-3",
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.every_n_train_steps=2",
+    "--trainer.callbacks.save_last=true",
+]
+
+
+def in_process_of_its_own(arguments, extra=None):
+    """Exit code of a command line run by a forked process, with one more callback."""
+
+    def work():
+        if extra is not None:
+            build = lightning.SaladCLI.instantiate_trainer
+
+            def with_callback(self, **kwargs):
+                trainer = build(self, **kwargs)
+                trainer.callbacks.append(extra)
+                return trainer
+
+            lightning.SaladCLI.instantiate_trainer = with_callback
+        os._exit(main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(timeout=120)
+    return process.exitcode
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(world):
+    unbroken = world.run("fit", "unbroken", *TEN)
+    # Step 5 is half done, step 4 is the last that was saved; the data-loading worker has read ahead.
+    assert (
+        in_process_of_its_own(world.arguments("fit", "broken", *TEN), KillBefore(11, signal.SIGKILL)) == -signal.SIGKILL
+    )
+    broken = TinyRun(world.folder / "broken")
+    assert broken.checkpoint()["global_step"] == 4
+    assert not list(broken.folder.rglob("*.part"))
+    resumed = world.run("fit", "broken", "--ckpt_path=last", *TEN)
+    ours, theirs = resumed.checkpoint(), unbroken.checkpoint()
+    assert ours["global_step"] == theirs["global_step"] == 10
+    assert_same_weights(weights(ours), weights(theirs), rtol=1e-6, atol=1e-7)
+    losses = resumed.column("train/loss")
+    assert losses[-6:] == pytest.approx(unbroken.column("train/loss")[-6:], rel=1e-6)
+    assert resumed.column("train/tokens")[-1] == unbroken.column("train/tokens")[-1]
+
+
+def test_sigterm_saves_the_last_step(world):
+    options = [*TEN[:5], "--trainer.callbacks+=SigtermCheckpoint"]
+    code = in_process_of_its_own(world.arguments("fit", "terminated", *options), KillBefore(7, signal.SIGTERM))
+    assert code not in (0, 2, -signal.SIGTERM)
+    run = TinyRun(world.folder / "terminated")
+    assert run.checkpoint()["global_step"] == 4
+    resumed = world.run("fit", "terminated", "--ckpt_path=last", *TEN)
+    assert resumed.checkpoint()["global_step"] == 10
+
+
+def test_checkpoints_by_time(world):
+    interval = "{class_path: datetime.timedelta, init_args: {milliseconds: 1}}"
+    run = world.run(
+        "fit",
+        "timed",
+        "--trainer.max_steps=2",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.filename=last",
+        "--trainer.callbacks.enable_version_counter=false",
+        f"--trainer.callbacks.train_time_interval={interval}",
+    )
+    assert run.checkpoint()["global_step"] == 2
+
+
+# Weights of another run
+
+
+def test_init_from_takes_weights_and_nothing_else(world, trained):
+    source = trained.folder / "checkpoints" / "pre_decay.ckpt"
+    still = ["--model.llm_lr=0", "--model.connector_lr=0", "--trainer.max_steps=1", *EVERY_STEP]
+    run = world.run("fit", "second", f"--model.init_from={source}", *still)
+    checkpoint = run.checkpoint()
+    assert checkpoint["global_step"] == 1
+    assert {float(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()} == {1.0}
+    assert run.column("train/tokens")[0] < 300  # counted from zero
+    assert_same_weights(weights(checkpoint), weights(trained.checkpoint("pre_decay.ckpt")))
+
+
+@pytest.mark.parametrize("option", ["--model.init_from", "--ckpt_path"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--model.connector.stack=4", ["has another shape: model.connector."]),
+        ("--model.connector=ConvConnector", ["model.connector."]),
+    ],
+)
+def test_weights_of_another_model(world, trained, capsys, option, change, words):
+    source = trained.folder / "checkpoints" / "last.ckpt"
+    assert main(world.arguments("fit", "x", change, f"{option}={source}")) == 2
+    message = capsys.readouterr().err
+    assert [word for word in [*words, "use the same llm, encoder and connector"] if word not in message] == [], message
+
+
+def test_missing_or_broken_checkpoint(world, capsys, tmp_path):
+    for option in ("--model.init_from", "--ckpt_path"):
+        assert main(world.arguments("fit", "x", f"{option}={tmp_path / 'none.ckpt'}")) == 2
+        assert "none.ckpt" in capsys.readouterr().err
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    assert main(world.arguments("fit", "x", f"--model.init_from={tmp_path / 'text.ckpt'}")) == 2
+    assert "text.ckpt" in capsys.readouterr().err
+
+
+# Options of the model
+
+
+def test_layer_mix_and_switch_embeddings_are_trained(world):
+    encoder = save_tiny_hubert(world.folder / "hubert", norm="layer")
+    run = world.run(
+        "fit",
+        "layers",
+        "--trainer.max_steps=3",
+        "--model.switch_embeddings=true",
+        "--model.encoder=SelfSupervisedEncoder",
+        f"--model.encoder.path={encoder}",
+        *EVERY_STEP,
+    )
+    first, last = weights(run.checkpoint("epoch=0-step=1.ckpt")), weights(run.checkpoint())
+    for name in ("model.layer_mix", "model.switch"):
+        assert not torch.equal(first[name], last[name]), name
+    assert first["model.layer_mix"].any()  # it starts at 0
+    assert not [name for name in last if name.startswith("model.encoder.")]
+
+
+# Text only
+
+
+def test_text_model_trains_and_is_exported(world):
+    text = world.config.read_text()
+    _, _, rest = text.partition("\ndata:")
+    alone = world.folder / "text.yaml"
+    alone.write_text(
+        "seed_everything: 0\nmodel:\n  class_path: TextLMModule\n  init_args:\n"
+        f"    llm: {world.folder / 'llm'}\n    objective: NLLObjective\n    context: 128\n    lr: 0.003\n"
+        f"    from_scratch: true\n    export_to: {world.folder / 'exported'}\n"
+        "    schedule: {warmup_steps: 2, decay_fraction: 0.5}\ndata:" + rest
+    )
+    root = f"--trainer.default_root_dir={world.folder / 'text-run'}"
+    options = ["--trainer.max_steps=30", "--trainer.val_check_interval=15", *EVERY_STEP[:2], EVERY_STEP[3]]
+    assert main(["fit", "--config", str(alone), root, *options]) == 0
+    run = TinyRun(world.folder / "text-run")
+    losses = run.column("train/loss")
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert len(run.column("val/nll")) == 2
+    module = TextLMModule.load_from_checkpoint(run.folder / "checkpoints" / "last.ckpt")
+    module.configure_model()
+    saved = weights(run.checkpoint())
+    exported = AutoModelForCausalLM.from_pretrained(world.folder / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "exported")
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, saved[f"model.hf.{name}"]), name
+    ids = torch.tensor([tokenizer("the quick brown fox")["input_ids"]])
+    module.model.hf.load_state_dict({name.removeprefix("model.hf."): value for name, value in saved.items()})
+    torch.testing.assert_close(exported(ids).logits, module.model.hf.eval()(ids).logits)
+    # An exported model is an LLM like any other.
+    assert (
+        main(world.arguments("fit", "from-export", "--trainer.max_steps=1", f"--model.llm={world.folder / 'exported'}"))
+        == 0
+    )
+
+
+def test_text_model_refuses_a_teacher(world, capsys):
+    options = ["--model=TextLMModule", f"--model.llm={world.folder / 'llm'}", "--model.objective=ForwardKLObjective"]
+    assert main(["fit", *options, "--trainer.accelerator=cpu"]) == 2
+    assert "NLLObjective" in capsys.readouterr().err
