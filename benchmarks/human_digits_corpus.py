@@ -19,18 +19,28 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
-from human_digits_tasks import DIGITS, TASKS, Item, all_words, digit_items, draw_item
+from human_digits_tasks import DIGITS, TASKS, Item, digit_items, draw_item
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from salad_lightning.data.format import decode_audio
 from salad_lightning.demo.encoder_training import train_encoder
 from salad_lightning.errors import UserError
+from salad_lightning.testing.tiny import save_tiny_tokenizer
 
-__all__ = ["Recording", "Voicing", "read_manifest", "say", "write_llm_config", "write_speech", "write_text"]
+__all__ = [
+    "Recording",
+    "Voicing",
+    "read_manifest",
+    "say",
+    "write_encoder",
+    "write_llm_config",
+    "write_speech",
+    "write_text",
+]
 
 SAMPLE_RATE_HZ = 16_000
+_RECORDED_HZ = 8_000
 
 _HEARD = {"digit": 2.0, "read": 3.0, "add": 1.0, "larger": 1.0, "last": 1.0, "count": 0.5}
 """How often each task is drawn for training, relative."""
@@ -65,7 +75,8 @@ class Voicing(NamedTuple):
     @classmethod
     def draw(cls, rng: random.Random) -> Voicing:
         """One at random."""
-        noise = 10 ** rng.uniform(-4.5, -2.3)
+        # Half of the time none: the recordings of the test get none either.
+        noise = 10 ** rng.uniform(-4.5, -2.3) if rng.random() < 0.5 else 0.0
         return cls(rng.uniform(0.82, 1.22), rng.uniform(-0.35, 0.35), 10 ** rng.uniform(-0.5, 0.3), noise)
 
 
@@ -110,69 +121,68 @@ def say(
         start, at = at + gap, at + gap + len(changed)
         times.append([word, round(start / SAMPLE_RATE_HZ, 3), round(at / SAMPLE_RATE_HZ, 3)])
     pieces.append(np.zeros(round(_TAIL_S * SAMPLE_RATE_HZ), dtype=np.float32))
-    audio = np.concatenate(pieces)
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-    return np.clip(audio * voicing.gain + noise * voicing.noise, -1.0, 1.0).astype(np.float32), times
+    return _record(np.concatenate(pieces), voicing, rng), times
 
 
-def write_speech(data: Path, speaker: str, split: str, output: Path, *, num_items: int, seed: int) -> float:
-    """Items spoken by one speaker, as FLAC files and ``manifest.jsonl``.
+def write_speech(data: Path, split: str, output: Path, *, num_items: int, seed: int) -> float:
+    """Items spoken by each speaker, as FLAC files and ``manifest.jsonl`` in a folder of the speaker's name.
 
     Args:
         data: Folder of the recordings.
-        speaker: Whose.
         split: ``train`` draws tasks, recordings and changes at random; ``test`` leaves recordings as they are, asks
-            for every one of them (up to ``num_items``) by itself and for ``num_items`` strings in each other task.
+            for single ones and for as many strings in each other task.
         output: Made where missing.
-        num_items: How many.
+        num_items: How many of each speaker (``train``), or of each speaker in each task (``test``).
         seed: Of the draw.
 
     Returns:
         Seconds of audio.
 
     Raises:
-        UserError: If the speaker lacks a digit, or a recording cannot be read.
+        UserError: If a speaker lacks a digit, or a recording cannot be read.
     """
-    rng = random.Random(f"{seed}/{speaker}/{split}")
-    own = [recording for recording in read_manifest(data) if recording.speaker == speaker]
-    by_digit = [[recording for recording in own if recording.digit == digit] for digit in range(10)]
-    if lacking := [DIGITS[digit] for digit in range(10) if not by_digit[digit]]:
-        raise UserError(f"{speaker!r} has no recording of {', '.join(lacking)}", where=str(data / "manifest.tsv"))
-    clips = {
-        recording.path: decode_audio(recording.path.read_bytes(), SAMPLE_RATE_HZ, str(recording.path))[0]
-        for recording in own
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    rows, seconds = [], 0.0
-    for index, (item, spoken) in enumerate(_draw(split, own, by_digit, num_items, rng)):
-        voicing = Voicing.draw(rng) if split == "train" else Voicing()
-        audio, times = say([clips[r.path] for r in spoken], item.speech.split(), voicing, rng)
-        name = f"{speaker}-{split}-{index:06d}.flac"
-        soundfile.write(output / name, audio, SAMPLE_RATE_HZ, compression_level=0.0)
-        seconds += len(audio) / SAMPLE_RATE_HZ
-        rows.append({"audio": name, "text": item.speech, "words": times, "speaker": speaker, **_fields(item)})
-    _write_lines(output / "manifest.jsonl", rows)
-    return seconds
+    by_speaker: dict[str, list[Recording]] = {}
+    for recording in read_manifest(data):
+        by_speaker.setdefault(recording.speaker, []).append(recording)
+    for speaker, own in by_speaker.items():
+        if lacking := set(range(10)) - {recording.digit for recording in own}:
+            what = f"{speaker!r} has no recording of {DIGITS[min(lacking)]!r}"
+            raise UserError(
+                what, where=str(data / "manifest.tsv"), cure="record all ten digits, or leave the speaker out"
+            )
+    return sum(
+        _write_speaker(speaker, own, split, output / speaker, num_items, seed) for speaker, own in by_speaker.items()
+    )
+
+
+def write_encoder(folder: Path, *, steps: int, num_clips: int, seed: int) -> None:
+    """The frozen encoder: it has heard synthetic pseudo-words only, but as if over the recordings' narrow band."""
+    rng = random.Random(f"{seed}/encoder")
+
+    def change(audio: NDArray[np.float32]) -> NDArray[np.float32]:
+        voicing = Voicing.draw(rng)._replace(speed=1.0)
+        return _record(_change(_narrow(audio), voicing), voicing, rng)
+
+    print(train_encoder(folder, seed=seed, num_clips=num_clips, steps=steps, change=change))
 
 
 def write_text(output: Path, *, num_items: int, seed: int) -> None:
-    """Items with their answers as plain text, for ``prepare --text``."""
+    """Items that are read instead of heard, for ``prepare --text``."""
     rng = random.Random(f"{seed}/text")
     names = list(TASKS)
-    _write_lines(output, ({"text": draw_item(rng.choice(names), rng).text} for _ in range(num_items)))
+    items = (draw_item(rng.choice(names), rng) for _ in range(num_items))
+    _write_lines(output, ({"text": item.speech, **_fields(item)} for item in items))
 
 
 def write_llm_config(folder: Path) -> None:
-    """Word-level tokenizer and configuration of a tiny Qwen2, without weights."""
-    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *all_words()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    )
-    fast.save_pretrained(str(folder))
+    """Tokenizer and configuration of a tiny Qwen2, without weights; every word of an item is one token.
+
+    A byte-level tokenizer, because `AutoTokenizer` rebuilds the one beside a Qwen2 as that whatever its file says.
+    """
+    # More room than there are merges: they end when every word is whole.
+    save_tiny_tokenizer(folder, [item.text for item in _examples()], vocab_size=1000)
     Qwen2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=len(PreTrainedTokenizerFast.from_pretrained(folder)),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
@@ -186,9 +196,42 @@ def write_llm_config(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _examples() -> list[Item]:
+    rng = random.Random(0)
+    return [draw_item(name, rng) for name in TASKS for _ in range(500)]
+
+
+def _write_speaker(speaker: str, own: list[Recording], split: str, folder: Path, num_items: int, seed: int) -> float:
+    rng = random.Random(f"{seed}/{speaker}/{split}")
+    clips = {r.path: decode_audio(_read(r.path), SAMPLE_RATE_HZ, str(r.path))[0] for r in own}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, seconds = [], 0.0
+    for index, (item, spoken) in enumerate(_draw(split, own, num_items, rng)):
+        voicing = Voicing.draw(rng) if split == "train" else Voicing()
+        audio, times = say([clips[r.path] for r in spoken], item.speech.split(), voicing, rng)
+        name = f"{index:06d}.flac"
+        soundfile.write(folder / name, audio, SAMPLE_RATE_HZ, compression_level=0.0)
+        seconds += len(audio) / SAMPLE_RATE_HZ
+        # Keys are unique among all speakers, whose shards are mixed.
+        key = f"{speaker}-{split}-{index:06d}"
+        rows.append(
+            {"key": key, "audio": name, "text": item.speech, "words": times, "speaker": speaker} | _fields(item)
+        )
+    _write_lines(folder / "manifest.jsonl", rows)
+    return seconds
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the recording cannot be read ({error.strerror})", where=str(path)) from error
+
+
 def _draw(
-    split: str, own: list[Recording], by_digit: list[list[Recording]], num_items: int, rng: random.Random
+    split: str, own: list[Recording], num_items: int, rng: random.Random
 ) -> Iterable[tuple[Item, list[Recording]]]:
+    by_digit = [[recording for recording in own if recording.digit == digit] for digit in range(10)]
     if split == "train":
         for name in rng.choices(list(_HEARD), list(_HEARD.values()), k=num_items):
             item = draw_item(name, rng)
@@ -204,12 +247,24 @@ def _draw(
 
 def _change(clip: NDArray[np.float32], voicing: Voicing) -> NDArray[np.float32]:
     if voicing.tilt:
-        clip = clip - voicing.tilt * np.concatenate([clip[:1], clip[:-1]])
+        clip = clip - np.float32(voicing.tilt) * np.concatenate([clip[:1], clip[:-1]])
     if voicing.speed == 1.0:
         return clip
     # Linear interpolation will do: the recordings hold nothing above a quarter of this rate.
     at = np.arange(0, len(clip) - 1, voicing.speed)
-    return np.interp(at, np.arange(len(clip)), clip).astype(np.float32)
+    return np.asarray(np.interp(at, np.arange(len(clip)), clip), dtype=np.float32)
+
+
+def _record(audio: NDArray[np.float32], voicing: Voicing, rng: random.Random) -> NDArray[np.float32]:
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
+    return np.clip(audio * np.float32(voicing.gain) + noise * np.float32(voicing.noise), -1.0, 1.0)
+
+
+def _narrow(audio: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same audio without what an 8 kHz recording cannot hold."""
+    low = torchaudio.functional.resample(torch.from_numpy(audio), SAMPLE_RATE_HZ, _RECORDED_HZ)
+    wide = torchaudio.functional.resample(low, _RECORDED_HZ, SAMPLE_RATE_HZ)
+    return np.asarray(wide[: len(audio)].numpy(), dtype=np.float32)
 
 
 def _fields(item: Item) -> dict[str, Any]:
@@ -227,9 +282,8 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pieces = parser.add_subparsers(dest="piece", required=True)
-    speech = pieces.add_parser("speech", help="items spoken by one speaker")
+    speech = pieces.add_parser("speech", help="items spoken by each speaker")
     speech.add_argument("--data", type=Path, required=True, help="folder of the recordings")
-    speech.add_argument("--speaker", required=True)
     speech.add_argument("--split", choices=("train", "test"), required=True)
     text = pieces.add_parser("text", help="items as text")
     for piece in (speech, text):
@@ -252,13 +306,13 @@ def main() -> int:
     try:
         if args.piece == "speech":
             settings = {"num_items": args.items, "seed": args.seed}
-            print(f"{write_speech(args.data, args.speaker, args.split, args.output, **settings):.0f} s of speech")
+            print(f"{write_speech(args.data, args.split, args.output, **settings):.0f} s of speech")
         elif args.piece == "text":
             write_text(args.output, num_items=args.items, seed=args.seed)
         elif args.piece == "llm":
             write_llm_config(args.output)
         else:
-            print(train_encoder(args.output, seed=args.seed, num_clips=args.clips, steps=args.steps))
+            write_encoder(args.output, steps=args.steps, num_clips=args.clips, seed=args.seed)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

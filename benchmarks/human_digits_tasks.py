@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["DIGITS", "NUMBERS", "TASKS", "TEMPLATE", "Item", "Task", "all_words", "digit_items", "draw_item"]
+__all__ = ["DIGITS", "NUMBERS", "TASKS", "TEMPLATE", "Item", "Task", "digit_items", "draw_item"]
 
-NUMBERS = tuple(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen".split()
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
 )
+
+NUMBERS = tuple(_WORDS.split())
 """Words of the answers; only the first ten are ever spoken."""
 
 DIGITS = NUMBERS[:10]
@@ -78,11 +80,6 @@ def draw_item(name: str, rng: random.Random) -> Item:
 def digit_items(digits: Sequence[int]) -> list[Item]:
     """Reading one digit, with all ten as choices: chance is 0.1."""
     return [_item("digit", (digit,), random.Random(digit)) for digit in digits]
-
-
-def all_words() -> list[str]:
-    """Every word and sign of every item."""
-    return [*sorted({task.prompt for task in TASKS.values()}), *NUMBERS, ":", "="]
 
 
 def _item(name: str, digits: tuple[int, ...], rng: random.Random) -> Item:

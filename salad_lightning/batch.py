@@ -111,6 +111,8 @@ class SpeechBatch:
         span_num_words_K: Words spoken in the span.
         span_at_K: Flat position in ``[B * S]`` of the span's first embedding.
         span_num_positions_K: Positions the span fills, optional modality-switch embeddings included.
+        span_token_at_K: Flat position in ``[R * U]`` of the first transcript token spoken in the span.
+        span_num_tokens_K: Transcript tokens spoken in the span.
         predict_at_M: Flat student positions that predict a text token.
         labels_M: The predicted token ids.
         predict_document_M: Index into ``documents`` for each predicted token.
@@ -136,6 +138,8 @@ class SpeechBatch:
     span_num_words_K: Tensor
     span_at_K: Tensor
     span_num_positions_K: Tensor
+    span_token_at_K: Tensor
+    span_num_tokens_K: Tensor
     predict_at_M: Tensor
     labels_M: Tensor
     predict_document_M: Tensor

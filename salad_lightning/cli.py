@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; those of this process where None.
 
     Returns:
-        The exit code: 0, 2 after a user's mistake, 130 after Ctrl-C. Anything else is a bug and raises.
+        The exit code: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and
+        raises.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get(_DEBUG, "") not in ("", "0")
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse's --help and errors; Lightning's way to end after Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             return 130
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, after the step in which SIGTERM came
+            return 143
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         message = _explain(error)

@@ -38,6 +38,10 @@ _NAMED = (
 )
 
 
+# Lightning looks these up itself.
+_CHECKPOINT_NAMES = ("last", "best", "hpc")
+
+
 class SaladCLI(LightningCLI):
     """LightningCLI over any LightningModule and LightningDataModule; this package's own unless others are named.
 
@@ -97,11 +101,21 @@ class SaladCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build; a size or name that a class refuses is the configuration's mistake."""
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in _CHECKPOINT_NAMES and "://" not in str(path) and not Path(path).exists():
+            cure = "give the path of a checkpoint, or `last`"
+            raise UserError("no such checkpoint", where=f"ckpt_path: {path}", cure=cure)
         try:
             super().instantiate_classes()
         except ValueError as error:
+            # jsonargparse wraps what a class says into what it tried; the first error of the chain has the point.
+            first: BaseException = error
+            while not isinstance(first, UserError) and isinstance(first.__cause__, (UserError, ValueError)):
+                first = first.__cause__
+            if isinstance(first, UserError):
+                raise UserError(first.what, where=first.where, cure=first.cure) from error
             cure = "correct the configuration (full traceback: SALAD_DEBUG=1)"
-            raise UserError(str(error), where=f"building what `{self._chosen}` needs", cure=cure) from error
+            raise UserError(str(first), where=f"building what `{self._chosen}` needs", cure=cure) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""

@@ -89,7 +89,8 @@ def _nearest(key: str, valid: Sequence[str]) -> str:
 
 def _first_unknown(key: str, message: str, parser: ArgumentParser) -> tuple[str, list[str]]:
     """The shortest beginning of ``key`` that is unknown, and the keys that would have been valid in its place."""
-    if class_paths := _CLASS_PATH.findall(message):
+    # What comes after is the whole value, with classes that have nothing to do with the error.
+    if class_paths := _CLASS_PATH.findall(message.partition("Given value")[0]):
         cls = _known_class(class_paths[-1])
         return key, sorted(_init_keys(cls)) if cls else []
     root = ""

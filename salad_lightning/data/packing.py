@@ -139,7 +139,7 @@ class _Layout:
         self.documents: list[Document] = []
         self.clips: list[NDArray[np.float32]] = []
         self.clip_numbers: dict[int, int] = {}  # by identity: the options of one question share their clip
-        self.spans: list[tuple[int, int, int, int, int, int]] = []
+        self.spans: list[tuple[int, ...]] = []
         self.seconds = 0.0
         self.predict_at: list[NDArray[np.int64]] = []
 
@@ -158,9 +158,8 @@ class _Layout:
         self.predict_at.append(offset + at - 1)
         for span, span_at in zip(document.spans, document.span_at, strict=True):
             clip = self._clip_number(document.clips[span.clip])
-            self.spans.append(
-                (clip, span.first_frame, span.num_frames, span.num_words, offset + span_at, span.num_positions)
-            )
+            frames = (span.first_frame, span.num_frames, span.num_words)
+            self.spans.append((clip, *frames, offset + span_at, span.num_positions, span.stop - span.start))
             self.seconds += span.seconds
 
     def _clip_number(self, clip: NDArray[np.float32]) -> int:
@@ -172,7 +171,7 @@ class _Layout:
     def finish(self, num_positions: int, stream_state: dict[str, Any]) -> SpeechBatch:
         """All of it as tensors."""
         teacher = _teacher_rows(self.documents, self.teacher_width)
-        spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 6).T.contiguous()
+        spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 7).T.contiguous()
         counts = [int(document.predicted.sum()) for document in self.documents]
         clips, clip_lengths = _pad_clips(self.clips)
         return SpeechBatch(
@@ -187,6 +186,8 @@ class _Layout:
             span_num_words_K=spans[3].clone(),
             span_at_K=spans[4].clone(),
             span_num_positions_K=spans[5].clone(),
+            span_token_at_K=teacher[4],
+            span_num_tokens_K=spans[6].clone(),
             predict_at_M=_join(self.predict_at),
             labels_M=_join([document.token_ids[document.predicted] for document in self.documents]),
             predict_document_M=torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)),
@@ -213,11 +214,12 @@ def _pad_clips(clips: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(padded), torch.tensor(lengths, dtype=torch.int64)
 
 
-def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Plain transcripts in rows of their own: first fit, longest first; as many rows as needed, as narrow as they go.
 
     Returns:
-        Ids, positions and documents ``[R, U]``, and the predicting positions ``[M]`` in the order of ``documents``.
+        Ids, positions and documents ``[R, U]``, the predicting positions ``[M]`` in the order of ``documents``, and the
+        positions ``[K]`` of the first token of every span.
     """
     used: list[int] = []
     places = [(0, 0)] * len(documents)
@@ -231,11 +233,14 @@ def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tens
     shape = max(len(used), 1), max(max(used, default=0), 1)  # a model takes no empty row
     ids, positions, owners = np.zeros((3, *shape), dtype=np.int64)
     owners -= 1
-    predict_at = []
+    predict_at, span_at = [], []
     for number, (document, (row, start)) in enumerate(zip(documents, places, strict=True)):
         stop = start + document.num_tokens
         ids[row, start:stop] = document.token_ids
         positions[row, start:stop] = np.arange(document.num_tokens)
         owners[row, start:stop] = number
-        predict_at.append(row * shape[1] + start + np.flatnonzero(document.predicted) - 1)
-    return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(owners), _join(predict_at)
+        flat = row * shape[1] + start
+        predict_at.append(flat + np.flatnonzero(document.predicted) - 1)
+        span_at.append(flat + np.array([span.start for span in document.spans], dtype=np.int64))
+    laid_out = (torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(owners))
+    return *laid_out, _join(predict_at), _join(span_at)

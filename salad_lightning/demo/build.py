@@ -17,8 +17,8 @@ from salad_lightning.demo.world import World, build_world, sentence_windows
 
 __all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
 
-NUM_TEXT_DOCUMENTS = 12_000
-NUM_SPOKEN_DOCUMENTS = 2_000
+NUM_TEXT_DOCUMENTS = 40_000
+NUM_SPOKEN_DOCUMENTS = 3_000
 NUM_QUESTIONS = {"val": 8, "test": 36}
 """Spoken questions of each domain."""
 

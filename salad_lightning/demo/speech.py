@@ -26,11 +26,11 @@ SAMPLE_RATE_HZ = 16_000
 
 _ACCENTS = ("en-us", "gmw/en", "en-gb-x-rp")
 _VARIANTS = {
-    "train": ("m1", "m2", "m3", "m5", "m6", "f1", "f2", "f5"),
-    "val": ("m7", "f3"),
+    "train": ("m1", "m3", "m5", "m6", "m7", "f1", "f2", "f5"),
+    "val": ("m2", "f3"),
     "test": ("m4", "f4"),
 }
-_RATES_WPM = (170, 230)
+_RATES_WPM = (140, 190)
 _PITCHES = (35, 65)
 
 
@@ -69,7 +69,7 @@ def natural_speech(world: World, num_utterances: int, *, seed: int) -> list[Utte
 
     Args:
         world: What there is to talk about.
-        num_utterances: How many documents are spoken; one is about 5 s.
+        num_utterances: How many documents are spoken; one is about 3 s.
         seed: Of the draw.
     """
     rng = random.Random(f"voices/{seed}")

@@ -24,13 +24,15 @@ class LogMelEncoder(Encoder):
         frame_rate_hz: Frames a second; must divide the sample rate.
 
     Raises:
-        UserError: If a frame is not a whole number of samples.
+        UserError: If a frame is not a whole number of samples, or there is no mel.
     """
 
     causal = True
 
     def __init__(self, sample_rate_hz: int = 16_000, num_mels: int = 80, frame_rate_hz: float = 100.0) -> None:
         super().__init__()
+        if num_mels < 1:
+            raise UserError(f"num_mels is {num_mels}", where="LogMelEncoder", cure="give 1 or more, such as 80")
         self.sample_rate_hz, self.frame_rate_hz = sample_rate_hz, float(frame_rate_hz)
         self.output_dim, self.num_layers = num_mels, 1
         try:

@@ -45,12 +45,12 @@ class Measured:
     forgetting_M: Tensor
     after_speech_M: Tensor
 
-    def means(self) -> dict[str, Tensor]:
-        """Misalignment and forgetting as means over the batch."""
-        heard = self.after_speech_M
+    def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Misalignment and forgetting, each as a sum and the number of tokens that it is over."""
+        heard, every = self.after_speech_M, torch.ones_like(self.after_speech_M)
         return {
-            "misalignment": torch.where(heard, self.misalignment_M, 0).sum() / heard.sum().clamp(min=1),
-            "forgetting": self.forgetting_M.mean(),
+            "misalignment": (torch.where(heard, self.misalignment_M, 0).sum(), heard.sum()),
+            "forgetting": (self.forgetting_M.sum(), every.sum()),
         }
 
 
@@ -129,7 +129,7 @@ class GapReport:
     def overall(self) -> dict[str, float]:
         """Every figure over the whole set; accuracies and the gap only where there were multiple-choice items."""
         figures = {name: _value(mean) for (name, group), mean in self._means.items() if group == "all"}
-        if len(self._choices["speech_accuracy"]):
+        if self._has_choices():
             figures |= {name: choice.accuracy()["all"] for name, choice in self._choices.items()}
             figures["gap"] = figures["base_text_accuracy"] - figures["speech_accuracy"]
         return {name: value for name, value in figures.items() if not math.isnan(value)}
@@ -140,10 +140,13 @@ class GapReport:
         for (name, group), mean in sorted(self._means.items()):
             if group != "all" and float(mean.count):
                 table[name][group] = _value(mean)
-        if len(self._choices["speech_accuracy"]):
+        if self._has_choices():
             for name, choice in self._choices.items():
                 table[name] = choice.accuracy(self._field)
         return dict(table)
+
+    def _has_choices(self) -> bool:
+        return self._choices["speech_accuracy"].most_options > 1
 
     @staticmethod
     def write(reports: dict[str, GapReport], path: Path) -> None:

@@ -68,6 +68,11 @@ class SpokenChoice:
             right[group].append(best == int(fields["answer"]))
         return {group: sum(flags) / len(flags) for group, flags in sorted(right.items())}
 
+    @property
+    def most_options(self) -> int:
+        """Options of the item that has most; 1 where only right answers were given, which no one can get wrong."""
+        return max((len(options) for options in self._scores.values()), default=0)
+
     def __len__(self) -> int:
         """Items collected."""
         return len(self._scores)

@@ -94,4 +94,3 @@ def shard_language_model(model: LanguageModel, mesh: DeviceMesh, dtype: torch.dt
 
 def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-

@@ -81,9 +81,7 @@ class SpeechLLM(nn.Module):
         inside_KT = offset_T < batch.span_num_frames_K[:, None]
         index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)
         frames_KTKD = frames_NTKD[batch.span_clip_K[:, None], index_KT] * inside_KT[..., None, None]
-        output = self.connector(
-            self._mix(frames_KTKD), batch.span_num_frames_K, num_words_N=batch.span_num_words_K
-        )
+        output = self.connector(self._mix(frames_KTKD), batch.span_num_frames_K, num_words_N=batch.span_num_words_K)
         assert isinstance(output, ConnectorOutput)
         return output
 
@@ -97,7 +95,7 @@ class SpeechLLM(nn.Module):
         """Put the speech spans' embeddings at their positions between the text embeddings."""
         if batch.span_at_K.shape[0] == 0:
             # Collectives of a sharded connector hang unless every rank runs it: one silent span, which counts nothing.
-            speech_KTD, _, losses = self.embed_speech(self._silence(batch))
+            speech_KTD, _, losses = self.embed_speech(self.silence(batch))
             unused = sum(losses.values(), speech_KTD.sum())
             unused = unused if self.switch is None else unused + self.switch.sum()
             return text_BSD + (0.0 * unused).to(text_BSD.dtype), {}
@@ -114,7 +112,8 @@ class SpeechLLM(nn.Module):
                 flat = flat.index_put((at_K,), edge.to(flat.dtype).expand(at_K.shape[0], D))
         return flat[:-1].view(B, S, D), losses
 
-    def _silence(self, batch: SpeechBatch) -> SpeechBatch:
+    def silence(self, batch: SpeechBatch) -> SpeechBatch:
+        """The batch with one silent span of one frame in place of its speech."""
         samples = round(self.encoder.sample_rate_hz / self.encoder.frame_rate_hz)
         one = batch.span_at_K.new_ones(1)
         fields = vars(batch) | {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import pickle
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
 from salad_lightning.training.schedule import WarmupStableDecay
 
-__all__ = ["AtomicCheckpointIO", "TokenLossModule", "default_optimizer", "save_folder"]
+__all__ = ["AtomicCheckpointIO", "TokenLossModule", "default_optimizer", "load_checkpoint", "save_folder"]
 
 
 def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -40,6 +41,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         aside = f"{path}.part"
         super().save_checkpoint(checkpoint, aside, storage_options)
         os.replace(aside, path)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load, with one message where the file is missing or damaged."""
+        return load_checkpoint(path, weights_only=bool(weights_only))
 
 
 class TokenLossModule(LightningModule):
@@ -230,6 +237,29 @@ def _check_trainer(trainer: Any) -> None:
             cure="training data is an endless stream: set trainer.max_steps (and max_epochs: -1), "
             "limit_train_batches to a whole number of batches if at all",
         )
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+    """A checkpoint file, on the CPU.
+
+    Args:
+        path: The file.
+        weights_only: Refuse anything but plain data, which could run code.
+
+    Raises:
+        UserError: If there is no such file, or it is no checkpoint.
+    """
+    where, cure = str(path), "give the path of a .ckpt file that a run has written"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except FileNotFoundError as error:
+        raise UserError("no such checkpoint", where=where, cure=cure) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"the checkpoint cannot be read ({first})", where=where, cure=cure) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError("the file holds no checkpoint", where=where, cure=cure)
+    return content
 
 
 def save_folder(trainer: Any) -> Path:

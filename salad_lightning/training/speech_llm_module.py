@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
 from salad_lightning.data.spec import SequenceSpec
@@ -17,7 +18,7 @@ from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Obj
 from salad_lightning.model.llm import LanguageModel, load_config, load_language_model, load_tokenizer
 from salad_lightning.model.parallel import compute_dtype, shard_language_model, shard_speech_llm
 from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
-from salad_lightning.training.base import TokenLossModule, default_optimizer, save_folder
+from salad_lightning.training.base import TokenLossModule, default_optimizer, load_checkpoint, save_folder
 from salad_lightning.training.schedule import WarmupStableDecay
 
 __all__ = ["SpeechLLMModule"]
@@ -68,6 +69,14 @@ class SpeechLLMModule(TokenLossModule):
         self._llm_path, self._teacher_path = llm, teacher or llm
         self._config = load_config(llm)
         self._tokenizer = load_tokenizer(llm, self._config)
+        if teacher is not None and teacher != llm:
+            other = load_tokenizer(teacher, load_config(teacher))
+            if other.get_vocab() != self._tokenizer.get_vocab():
+                raise UserError(
+                    f"teacher and LLM have different vocabularies: there is no KL between {teacher} and {llm}",
+                    where="model.teacher",
+                    cure="use a teacher with the LLM's tokenizer",
+                )
         built = connector(encoder_dim=encoder.output_dim, llm_dim=self._config.get_text_config().hidden_size)
         self._parts: tuple[Encoder, Connector] = (encoder, built)  # a tuple: they are registered inside the SpeechLLM
         self._context, self._switch = context, switch_embeddings
@@ -76,6 +85,8 @@ class SpeechLLMModule(TokenLossModule):
         self._gap_every, self._report_by = gap_every_n_steps, report_by
         self._teacher: tuple[LanguageModel] | None = None
         self._reports: dict[str, GapReport] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._gap: dict[str, Tensor] = {}  # sums and counts of this optimizer step
         self.model: SpeechLLM
 
     def configure_model(self) -> None:
@@ -127,10 +138,26 @@ class SpeechLLMModule(TokenLossModule):
         gap_due = self._gap_every > 0 and self.global_step % self._gap_every == 0
         teacher = self.teach(batch) if self.objective.needs_teacher or gap_due else None
         output: ObjectiveOutput = self.model(batch, self.objective, teacher)
-        if gap_due and teacher is not None and batch.num_predicted:
-            measured = measure(self.model, batch, teacher)
-            self.log_dict({f"train/{name}": value for name, value in measured.means().items()}, batch_size=1)
+        if gap_due and teacher is not None:
+            # On every rank, whatever its batch holds: sharded models run in step.
+            for name, (total, count) in measure(self.model, batch, teacher).sums().items():
+                self._gap[name] = self._gap.get(name, 0) + torch.stack([total.float(), count.float()])
         return output
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gap where it was measured, over the global batch."""
+        super().on_before_optimizer_step(optimizer)
+        if not self._gap:
+            return
+        names = sorted(self._gap)
+        totals = torch.stack([self._gap[name] for name in names])
+        self._gap.clear()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        values = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+        # Not self.log: that repeats the last value in the rows of all the steps between.
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"train/{n}": v for n, v in zip(names, values, strict=True)}, step=self.global_step)
 
     @torch.no_grad()
     def teach(self, batch: SpeechBatch) -> Prediction:
@@ -170,16 +197,38 @@ class SpeechLLMModule(TokenLossModule):
         if self.trainer.is_global_zero:
             GapReport.write(self._reports, save_folder(self.trainer) / "test.json")
 
-    def predict_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Log-probability of every predicted token, from speech and from text, with the documents they belong to."""
+    def on_predict_start(self) -> None:
+        """Forget earlier rows."""
+        self._rows = []
+
+    def predict_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """One row a document: its predicted tokens, and their log-probabilities from speech and from text."""
         measured = self._measured(batch)
-        return {
-            "documents": batch.documents,
-            "document": batch.predict_document_M,
-            "labels": batch.labels_M,
-            "speech_log_prob": measured.speech_log_prob_M,
-            "text_log_prob": measured.text_log_prob_M,
+        columns = {
+            "tokens": batch.labels_M,
+            "speech_log_probs": measured.speech_log_prob_M,
+            "text_log_probs": measured.text_log_prob_M,
+            "base_log_probs": measured.base_log_prob_M,
         }
+        owners, values = batch.predict_document_M.tolist(), {name: v.tolist() for name, v in columns.items()}
+        rows: list[dict[str, Any]] = [
+            {"key": info.key, "source": info.source, "choice": info.choice, **{name: [] for name in columns}}
+            for info in batch.documents
+        ]
+        for at, owner in enumerate(owners):
+            for name in columns:
+                rows[owner][name].append(values[name][at])
+        self._rows += rows
+        return rows
+
+    def on_predict_end(self) -> None:
+        """Write ``predictions.jsonl``; with several processes, one file each."""
+        rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
+        path = save_folder(self.trainer) / f"predictions{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        aside.replace(path)
 
     def _measured(self, batch: SpeechBatch) -> Measured:
         return measure(self.model, batch, self.teach(batch))
@@ -195,10 +244,7 @@ class SpeechLLMModule(TokenLossModule):
         return list(names) if names else [str(index) for index in range(len(loaders))]
 
     def _take_weights(self, path: str) -> None:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError("no such checkpoint", where=path, cure="check model.init_from") from error
+        checkpoint = load_checkpoint(path, weights_only=True)
         self.check_weights(checkpoint, path)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 

@@ -119,6 +119,13 @@ def test_student_and_teacher_sit_right_before_the_same_token(seed):
         assert not spoken[batch.predict_at_M + 1].any()  # no loss on speech
         # Teacher rows hold every transcript whole, with positions from 0.
         flat = [document for row in packed.rows for document in row]
+        transcript = batch.teacher_input_ids_RU.flatten().tolist()
+        spelled = [
+            transcript[at : at + count]
+            for at, count in zip(batch.span_token_at_K.tolist(), batch.span_num_tokens_K.tolist(), strict=True)
+        ]
+        spans = [(document, span) for document in flat for span in document.spans]
+        assert spelled == [document.token_ids[span.start : span.stop].tolist() for document, span in spans]
         for number, document in enumerate(flat):
             mine = batch.teacher_document_ids_RU == number
             assert batch.teacher_input_ids_RU[mine].tolist() == document.token_ids.tolist()

@@ -15,7 +15,8 @@ def test_manifest_and_audio(tmp_path):
     utterances = [*natural_speech(world, 3, seed=0), *spoken_questions(world, "test", 1, seed=0)]
     seconds = speak_all(utterances, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == [utterance.text for utterance in utterances]
+    heard = [utterance.fields.get("prompt", utterance.text) for utterance in utterances]
+    assert [row["text"] for row in rows] == heard
     total = 0.0
     for row in rows:
         audio, rate_hz = soundfile.read(tmp_path / row["audio"])
@@ -26,7 +27,10 @@ def test_manifest_and_audio(tmp_path):
         assert {"speaker", "domain"} <= row.keys()
     assert total == pytest.approx(seconds)
     question = rows[-1]
-    assert question["words"][-1][0] == question["choices"][question["answer"]] + "."
+    assert question["speech_end_s"] == pytest.approx(question["words"][-1][2], abs=0.002)
+    audio, rate_hz = soundfile.read(tmp_path / question["audio"])
+    assert len(audio) / rate_hz > question["speech_end_s"] + 0.2, "the answer is spoken, so that the prompt goes on"
+    assert {"choices", "answer", "prompt"} <= question.keys()
 
 
 def test_processes_write_the_same(tmp_path):

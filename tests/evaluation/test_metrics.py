@@ -22,7 +22,11 @@ def test_directions_are_the_papers():
     head = Head(torch.randn(11, 6))
     teacher, text, speech = (Prediction(torch.randn(5, 6), head) for _ in range(3))
     logits = [prediction.hidden @ head.weight.T for prediction in (teacher, text, speech)]
-    torch.testing.assert_close(misalignment(text, speech).double(), kl_float64(logits[1], logits[2]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(forgetting(teacher, text).double(), kl_float64(logits[0], logits[1]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        misalignment(text, speech).double(), kl_float64(logits[1], logits[2]), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        forgetting(teacher, text).double(), kl_float64(logits[0], logits[1]), rtol=1e-5, atol=1e-6
+    )
     # the two directions differ, so a swapped one would be seen
     assert not torch.allclose(misalignment(text, speech), misalignment(speech, text), rtol=1e-2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 
 import pytest
@@ -43,7 +45,10 @@ def assert_same_weights(ours, theirs, rtol=0.0, atol=0.0):
 def test_loss_falls(trained):
     losses = trained.column("train/loss")
     assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    # On the same sentences each time.
+    validated = trained.column("val/speech/kl")
+    assert validated[-1] < 0.9 * validated[0]
 
 
 def test_logged_figures(trained):
@@ -64,7 +69,7 @@ def test_logged_figures(trained):
         assert len(trained.column(f"val/speech/{figure}")) == 3, figure
     # Tokens are counted over the run.
     tokens = trained.column("train/tokens")
-    assert all(0 < after - before <= 256 for before, after in zip(tokens, tokens[1:], strict=False))
+    assert all(0 < after - before <= 256 for before, after in itertools.pairwise(tokens))
 
 
 def test_what_the_run_cost(trained):
@@ -115,8 +120,11 @@ def test_load_from_checkpoint(trained):
 
 @pytest.mark.parametrize(
     ("pattern", "fixed", "free"),
-    [("llm.*", "model.llm.", "model.connector."), ("*layers.0.mlp*", "model.llm.hf.model.layers.0.mlp", "model.llm.hf.model.layers.1")],
-)  # fmt: skip
+    [
+        ("llm.*", "model.llm.", "model.connector."),
+        ("*layers.0.mlp*", "model.llm.hf.model.layers.0.mlp", "model.llm.hf.model.layers.1"),
+    ],
+)
 def test_frozen_weights_stay_bit_for_bit(world, pattern, fixed, free):
     run = world.run(
         "fit", f"frozen{len(pattern)}", "--trainer.max_steps=3", f"--model.freeze=['{pattern}']", *EVERY_STEP
@@ -218,24 +226,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world):
 def test_sigterm_saves_the_last_step(world):
     options = [*TEN[:5], "--trainer.callbacks+=SigtermCheckpoint"]
     code = in_process_of_its_own(world.arguments("fit", "terminated", *options), KillBefore(7, signal.SIGTERM))
-    assert code not in (0, 2, -signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
     run = TinyRun(world.folder / "terminated")
     assert run.checkpoint()["global_step"] == 4
     resumed = world.run("fit", "terminated", "--ckpt_path=last", *TEN)
-    assert resumed.checkpoint()["global_step"] == 10
+    assert [row["step"] for row in resumed.metrics()][-6:] == [4, 5, 6, 7, 8, 9]
 
 
 def test_checkpoints_by_time(world):
-    interval = "{class_path: datetime.timedelta, init_args: {milliseconds: 1}}"
-    run = world.run(
-        "fit",
-        "timed",
-        "--trainer.max_steps=2",
-        "--trainer.callbacks+=ModelCheckpoint",
-        "--trainer.callbacks.filename=last",
-        "--trainer.callbacks.enable_version_counter=false",
-        f"--trainer.callbacks.train_time_interval={interval}",
+    overlay = world.folder / "timed.yaml"
+    overlay.write_text(
+        "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false,"
+        " train_time_interval: '0:00:00.001'}}]}"
     )
+    run = world.run("fit", "timed", "--trainer.max_steps=2", f"--config={overlay}")
     assert run.checkpoint()["global_step"] == 2
 
 
@@ -268,13 +272,16 @@ def test_weights_of_another_model(world, trained, capsys, option, change, words)
     assert [word for word in [*words, "use the same llm, encoder and connector"] if word not in message] == [], message
 
 
-def test_missing_or_broken_checkpoint(world, capsys, tmp_path):
-    for option in ("--model.init_from", "--ckpt_path"):
-        assert main(world.arguments("fit", "x", f"{option}={tmp_path / 'none.ckpt'}")) == 2
-        assert "none.ckpt" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--model.init_from", "--ckpt_path"])
+def test_missing_or_broken_checkpoint(world, capsys, tmp_path, option):
+    assert main(world.arguments("fit", "x", f"{option}={tmp_path / 'none.ckpt'}")) == 2
+    assert re.search(r"none.ckpt: no such checkpoint\n  → ", capsys.readouterr().err)
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    assert main(world.arguments("fit", "x", f"--model.init_from={tmp_path / 'text.ckpt'}")) == 2
-    assert "text.ckpt" in capsys.readouterr().err
+    (tmp_path / "other.ckpt").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    for name in ("text", "other", "list"):
+        assert main(world.arguments("fit", "x", f"{option}={tmp_path / name}.ckpt")) == 2
+        assert f"{name}.ckpt: the " in capsys.readouterr().err
 
 
 # Options of the model

@@ -1,0 +1,252 @@
+"""One step on the same documents is the same step, however they are spread over micro-batches and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+
+from salad_lightning.cli import main
+from salad_lightning.connectors.mlp import MLPConnector
+from salad_lightning.data.documents import InterleaveDocuments
+from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.packing import collate
+from salad_lightning.encoders.log_mel import LogMelEncoder
+from salad_lightning.model.parallel import FullyShardedStrategy
+from salad_lightning.objectives.mixture import MixtureObjective
+from salad_lightning.testing.runs import TinyRun
+from salad_lightning.training.schedule import WarmupStableDecay
+from salad_lightning.training.speech_llm_module import SpeechLLMModule
+
+pytestmark = pytest.mark.slow
+STEPS = 3
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients that each step uses: scaled and clipped."""
+
+    def __init__(self, groups):
+        super().__init__(groups, lr=0.05)
+        self.seen = []
+
+    def step(self, closure=None):
+        loss = closure()
+        self.seen.append(
+            [p.grad.detach().clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        )
+        super().step()
+        return loss
+
+
+def build(world, **options):
+    seed_everything(0, verbose=False)
+    return SpeechLLMModule(
+        llm=str(world.folder / "llm"),
+        encoder=LogMelEncoder(),
+        connector=lambda *, encoder_dim, llm_dim: MLPConnector(encoder_dim=encoder_dim, llm_dim=llm_dim, stack=8),
+        objective=MixtureObjective(alpha=0.5),  # plain KL is 0 on text as long as the LLM is the teacher's equal
+        context=128,
+        connector_lr=0.05,
+        llm_lr=0.05,
+        optimizer=Recorder,
+        schedule=WarmupStableDecay(warmup_steps=0, decay_fraction=0.0),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    """Rows by the step, four each, of very different numbers of predicted tokens; the last two are text alone."""
+    spec = build(world).sequence_spec()
+    documents = {}
+    for source, builder in (
+        ("speech", InterleaveDocuments(text_words=(1, 2), speech_words=(4, 6))),
+        ("text", InterleaveDocuments()),
+    ):
+        samples = [raw for path in sorted(world.folder.glob(f"{source}/*.tar")) for raw in read_shard(str(path))]
+        utterances = [decode(raw, source=source, sample_rate_hz=16_000) for raw in samples]
+        documents[source] = [document for u in utterances for document in builder.build(u, spec)]
+    speech = sorted((d for d in documents["speech"] if d.spans), key=lambda d: int(d.predicted.sum()))
+    text = sorted((d for d in documents["text"] if d.num_positions > 60), key=lambda d: -int(d.predicted.sum()))
+    made = [[[speech[4 * s]], speech[4 * s + 1 : 4 * s + 3], [text[2 * s]], [text[2 * s + 1]]] for s in range(STEPS)]
+    counts = [[sum(int(d.predicted.sum()) for d in row) for row in step] for step in made]
+    assert all(max(count) > 5 * min(count) for count in counts), counts
+    return made
+
+
+class Batches:
+    """``rows_per_batch`` rows at a time; of several processes, each takes its own share of every step's rows."""
+
+    def __init__(self, rows, rows_per_batch):
+        self.rows, self.rows_per_batch = rows, rows_per_batch
+
+    def __iter__(self):
+        rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        for step in self.rows:
+            share = len(step) // world_size
+            mine = step[rank * share : (rank + 1) * share]
+            for at in range(0, len(mine), self.rows_per_batch):
+                yield collate(
+                    mine[at : at + self.rows_per_batch], context=128, rows_per_batch=self.rows_per_batch, trim=True
+                )
+
+
+def train(world, rows, name, *, rows_per_batch=4, steps=STEPS, module=None, **options):
+    """Gradients by the step, and what was logged."""
+    module = module or build(world)
+    folder = world.folder / name
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=CSVLogger(folder, name="logs"),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **{"devices": 1, **options},
+    )
+    trainer.fit(module, Batches(rows, rows_per_batch))
+    run = TinyRun(folder)
+    return trainer.optimizers[0].seen, {name: run.column(f"train/{name}") for name in ("loss", "nll", "kl")}
+
+
+@pytest.fixture(scope="module")
+def reference(world, rows):
+    return train(world, rows, "whole")
+
+
+def norm(gradients):
+    return float(torch.stack([gradient.double().norm() for gradient in gradients]).norm())
+
+
+def assert_same_gradients(ours, theirs, rel=1e-5):
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        difference = [a - b for a, b in zip(mine, other, strict=True)]
+        assert norm(difference) <= rel * norm(other)
+
+
+def test_the_gradient_is_that_of_the_mean_over_tokens(world, rows, reference):
+    module = build(world)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.configure_model()
+    total, count = 0.0, 0
+    for row in rows[0]:
+        batch = collate([row], context=128, rows_per_batch=1)
+        output = module.model(batch, module.objective, module.teach(batch))
+        total, count = total + output.sum, count + len(batch.labels_M)
+    (total / count).backward()
+    groups = [group["params"] for group in module.configure_optimizers()["optimizer"].param_groups]
+    expected = [parameter.grad for group in groups for parameter in group if parameter.grad is not None]
+    assert_same_gradients(reference[0][:1], [expected])
+    assert reference[1]["loss"][0] == pytest.approx(float(total / count), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows_per_batch", "accumulate"), [(1, 4), (2, 2)])
+def test_accumulation_changes_nothing(world, rows, reference, rows_per_batch, accumulate):
+    gradients, logged = train(
+        world, rows, f"acc{accumulate}", rows_per_batch=rows_per_batch, accumulate_grad_batches=accumulate
+    )
+    assert_same_gradients(gradients[:1], reference[0][:1])
+    assert_same_gradients(gradients, reference[0], rel=1e-4)  # rounding grows over the steps
+    for name, values in logged.items():
+        assert values == pytest.approx(reference[1][name], rel=1e-5), name
+
+
+def test_clipping_sees_the_mean(world, rows, reference):
+    """A limit above the mean's norm but far below the sum's clips nothing; one below it clips to that norm."""
+    norms = [norm(step) for step in reference[0]]
+    loose, _ = train(
+        world, rows, "loose", rows_per_batch=1, accumulate_grad_batches=4, gradient_clip_val=2 * max(norms)
+    )
+    assert_same_gradients(loose, reference[0], rel=1e-4)
+    limit = 0.5 * min(norms)
+    tight, _ = train(world, rows, "tight", rows_per_batch=1, accumulate_grad_batches=4, gradient_clip_val=limit)
+    assert [norm(step) for step in tight] == pytest.approx([limit] * STEPS, rel=1e-4)
+
+
+# Two processes
+
+
+def two_processes(work):
+    """Run ``work(rank)`` in two forked processes that Lightning takes for its own; fails on an error or a hang."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def start(rank):
+        os.environ.update(
+            LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        code = 1
+        try:
+            code = work(rank) or 0
+        finally:
+            os._exit(code)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=start, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fully sharded"])
+def test_two_processes_take_the_same_steps_as_one(world, rows, reference, strategy):
+    """Rank 1 has text alone, so its connector hears nothing, and ten times the tokens of rank 0."""
+    name = f"two-{strategy[:3]}"
+
+    def work(rank):
+        chosen = "ddp" if strategy == "ddp" else FullyShardedStrategy()
+        gradients, _ = train(world, rows, name, rows_per_batch=2, devices=2, strategy=chosen)
+        full = [[g.full_tensor() if hasattr(g, "full_tensor") else g for g in step] for step in gradients]
+        if rank == 0:
+            torch.save(full, world.folder / f"{name}.pt")
+
+    two_processes(work)
+    logged = TinyRun(world.folder / name)
+    for figure in ("loss", "nll", "kl"):
+        assert logged.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
+    assert_same_gradients(torch.load(world.folder / f"{name}.pt"), reference[0], rel=1e-4)
+
+
+def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
+    """Through the command line, with frozen weights, the gap measured, and clipping."""
+    overlay = world.folder / "sharded.yaml"
+    overlay.write_text("trainer: {strategy: {class_path: salad_lightning.model.parallel.FullyShardedStrategy}}")
+    options = [
+        f"--config={overlay}",
+        "--trainer.devices=2",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=2",
+        "--model.gap_every_n_steps=2",
+        "--model.freeze=['llm.hf.model.layers.0.*']",
+        "--data.rows_per_batch=1",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=2",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.save_last=true",
+    ]
+    two_processes(lambda rank: main(world.arguments("fit", "sharded", *options)))
+    run = TinyRun(world.folder / "sharded")
+    assert len(run.column("train/loss")) == 4
+    assert len(run.column("val/speech/misalignment")) == 2
+    assert len(run.column("train/forgetting")) == 2
+    assert (run.folder / "checkpoints" / "last.ckpt").is_dir()
+    halfway = run.folder / "checkpoints" / "epoch=0-step=2.ckpt"
+    two_processes(lambda rank: main([*world.arguments("fit", "sharded-on", *options), f"--ckpt_path={halfway}"]))
+    resumed = TinyRun(world.folder / "sharded-on")
+    assert resumed.column("train/loss") == pytest.approx(run.column("train/loss")[2:], rel=1e-5)
