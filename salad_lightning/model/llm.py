@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from salad_lightning.batch import Head, Prediction
 from salad_lightning.errors import UserError
@@ -164,11 +165,15 @@ def load_config(path: str) -> PreTrainedConfig:
 def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """The fast tokenizer beside a model, checked against the model's vocabulary.
 
+    Read from ``tokenizer.json`` as it stands: ``AutoTokenizer`` of transformers 5 goes by the model's type and puts,
+    say, Qwen2's own pre-tokenizer in place of the one in the file, without a word.
+
     Raises:
         UserError: If there is none, it is not a fast one, or it belongs to another model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        has_file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None
+        tokenizer = (PreTrainedTokenizerFast if has_file else AutoTokenizer).from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _not_found(path, "a tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -257,3 +257,14 @@ def test_a_model_of_another_kind(tmp_path):
     model = build_language_model(config, VOCAB)
     save_tiny_tokenizer(tmp_path)
     model.check_against_hugging_face()
+
+
+def test_the_tokenizer_is_the_one_in_the_file(tmp_path):
+    # transformers' AutoTokenizer would put Qwen2's pre-tokenizer in place of this one, because of config.json
+    folder = save_tiny_llm(tmp_path / "llm")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "fox": 2, "<|endoftext|>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(folder)
+    config = load_config(str(folder))
+    config.vocab_size = 4
+    assert load_tokenizer(str(folder), config)("the fox the")["input_ids"] == [1, 2, 1]
