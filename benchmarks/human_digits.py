@@ -85,7 +85,7 @@ def run(data: Path, output: Path, *, test_speaker: str | None = None, seed: int 
     left_out = speakers if test_speaker is None else [test_speaker]
     output.mkdir(parents=True, exist_ok=True)
     for name in left_out:
-        _write_config(output, name, speakers, seed)
+        _write_config(output, name, speakers, seed, size.stage1_steps)
     started = time.perf_counter()
     run_steps(build_steps(data, output, speakers, left_out, seed, size), output, fingerprint=source_fingerprint())
     report = build_report(output, left_out, seed)
@@ -98,7 +98,7 @@ def build_steps(
     """All commands; paths are relative to ``output``, where they run."""
     salad = [sys.executable, "-m", "salad_lightning"]
     make = [sys.executable, str(_HERE / "human_digits_corpus.py")]
-    code = (_HERE / "human_digits_corpus.py", _HERE / "human_digits_tasks.py")
+    code = tuple(_HERE / f"human_digits_{part}.py" for part in ("corpus", "sound", "tasks"))
     seeded, sizes = ["--seed", str(seed)], size._asdict()
 
     def items(kind: str) -> list[str]:
@@ -146,7 +146,7 @@ def _fold(
     )
 
 
-def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int) -> None:
+def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int, steps: int) -> None:
     """What differs from one speaker left out to another: the shards, and the run's folder."""
 
     def source(label: str, shards: Any, weight: float, **settings: Any) -> dict[str, Any]:
@@ -157,9 +157,13 @@ def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int) -
     # Speech is two thirds of the positions, as in arXiv 2510.13632, section 4.
     train = [source("speech", heard, 2.0, append_eos=True), source("text", "shards/text", 1.0, append_eos=True)]
     test = [source("unseen", f"shards/test/{name}", 1.0, all_choices=True)]
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"filename": "last", "every_n_train_steps": steps, "enable_version_counter": False},
+    }
     content = {
         "data": {"init_args": {"train": train, "val": None, "test": test, "seed": seed}},
-        "trainer": {"default_root_dir": f"runs/{name}"},
+        "trainer": {"default_root_dir": f"runs/{name}", "callbacks": [checkpoint]},
     }
     (output / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
-import torchaudio
+from human_digits_sound import SAMPLE_RATE_HZ, Voicing, average_spectrum, equalise, narrow, record, vary
 from human_digits_tasks import DIGITS, TASKS, Item, digit_items, draw_item
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast, Qwen2Config
@@ -39,8 +39,6 @@ __all__ = [
     "write_text",
 ]
 
-SAMPLE_RATE_HZ = 16_000
-_RECORDED_HZ = 8_000
 
 _HEARD = {"digit": 2.0, "read": 3.0, "add": 1.0, "larger": 1.0, "last": 1.0, "count": 0.5}
 """How often each task is drawn for training, relative."""
@@ -55,29 +53,6 @@ class Recording(NamedTuple):
     path: Path
     digit: int
     speaker: str
-
-
-class Voicing(NamedTuple):
-    """How a training item is changed, so that few speakers sound like many.
-
-    Attributes:
-        speed: Resampling factor; above 1 is faster, higher, and spoken by a shorter vocal tract.
-        tilt: First-order filter ``x[n] - tilt * x[n - 1]``: another microphone.
-        gain: Factor.
-        noise: Amplitude of white noise.
-    """
-
-    speed: float = 1.0
-    tilt: float = 0.0
-    gain: float = 1.0
-    noise: float = 0.0
-
-    @classmethod
-    def draw(cls, rng: random.Random) -> Voicing:
-        """One at random."""
-        # Half of the time none: the recordings of the test get none either.
-        noise = 10 ** rng.uniform(-4.5, -2.3) if rng.random() < 0.5 else 0.0
-        return cls(rng.uniform(0.82, 1.22), rng.uniform(-0.35, 0.35), 10 ** rng.uniform(-0.5, 0.3), noise)
 
 
 def read_manifest(data: Path) -> list[Recording]:
@@ -115,13 +90,13 @@ def say(
     """
     pieces, times, at = [], [], 0
     for clip, word in zip(clips, words, strict=True):
-        changed = _change(clip, voicing)
+        changed = vary(clip, voicing)
         gap = round(rng.uniform(*_GAP_S) * SAMPLE_RATE_HZ)
         pieces += [np.zeros(gap, dtype=np.float32), changed]
         start, at = at + gap, at + gap + len(changed)
         times.append([word, round(start / SAMPLE_RATE_HZ, 3), round(at / SAMPLE_RATE_HZ, 3)])
     pieces.append(np.zeros(round(_TAIL_S * SAMPLE_RATE_HZ), dtype=np.float32))
-    return _record(np.concatenate(pieces), voicing, rng), times
+    return record(np.concatenate(pieces), voicing, rng), times
 
 
 def write_speech(data: Path, split: str, output: Path, *, num_items: int, seed: int) -> float:
@@ -161,7 +136,8 @@ def write_encoder(folder: Path, *, steps: int, num_clips: int, seed: int) -> Non
 
     def change(audio: NDArray[np.float32]) -> NDArray[np.float32]:
         voicing = Voicing.draw(rng)._replace(speed=1.0)
-        return _record(_change(_narrow(audio), voicing), voicing, rng)
+        heard = narrow(audio)
+        return record(vary(equalise(heard, average_spectrum([heard])), voicing), voicing, rng)
 
     print(train_encoder(folder, seed=seed, num_clips=num_clips, steps=steps, change=change))
 
@@ -204,6 +180,9 @@ def _examples() -> list[Item]:
 def _write_speaker(speaker: str, own: list[Recording], split: str, folder: Path, num_items: int, seed: int) -> float:
     rng = random.Random(f"{seed}/{speaker}/{split}")
     clips = {r.path: decode_audio(_read(r.path), SAMPLE_RATE_HZ, str(r.path))[0] for r in own}
+    # Each speaker has one microphone; what it does to sound is measured on all recordings, without their transcripts.
+    spectrum = average_spectrum(list(clips.values()))
+    clips = {path: equalise(clip, spectrum) for path, clip in clips.items()}
     folder.mkdir(parents=True, exist_ok=True)
     rows, seconds = [], 0.0
     for index, (item, spoken) in enumerate(_draw(split, own, num_items, rng)):
@@ -243,28 +222,6 @@ def _draw(
         for _ in range(num_items if name != "digit" else 0):
             item = draw_item(name, rng)
             yield item, [rng.choice(by_digit[digit]) for digit in item.digits]
-
-
-def _change(clip: NDArray[np.float32], voicing: Voicing) -> NDArray[np.float32]:
-    if voicing.tilt:
-        clip = clip - np.float32(voicing.tilt) * np.concatenate([clip[:1], clip[:-1]])
-    if voicing.speed == 1.0:
-        return clip
-    # Linear interpolation will do: the recordings hold nothing above a quarter of this rate.
-    at = np.arange(0, len(clip) - 1, voicing.speed)
-    return np.asarray(np.interp(at, np.arange(len(clip)), clip), dtype=np.float32)
-
-
-def _record(audio: NDArray[np.float32], voicing: Voicing, rng: random.Random) -> NDArray[np.float32]:
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-    return np.clip(audio * np.float32(voicing.gain) + noise * np.float32(voicing.noise), -1.0, 1.0)
-
-
-def _narrow(audio: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same audio without what an 8 kHz recording cannot hold."""
-    low = torchaudio.functional.resample(torch.from_numpy(audio), SAMPLE_RATE_HZ, _RECORDED_HZ)
-    wide = torchaudio.functional.resample(low, _RECORDED_HZ, SAMPLE_RATE_HZ)
-    return np.asarray(wide[: len(audio)].numpy(), dtype=np.float32)
 
 
 def _fields(item: Item) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
+from salad_lightning.errors import UserError
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
 __all__ = ["ConnectorWarmupModule"]
@@ -25,6 +26,20 @@ class ConnectorWarmupModule(SpeechLLMModule):
 
     Spans of one or two words are learned fastest: `InterleaveDocuments` with ``speech_words: [1, 2]``.
     """
+
+    def configure_model(self) -> None:
+        """See `SpeechLLMModule.configure_model`.
+
+        Raises:
+            UserError: Under a sharding strategy, which gathers weights for ``SpeechLLM.forward`` only.
+        """
+        if self._trainer is not None and self.device_mesh is not None:
+            raise UserError(
+                "connector warm-up runs on one device or under DDP",
+                where="trainer.strategy",
+                cure="set trainer.strategy to auto or ddp; the connector is small",
+            )
+        super().configure_model()
 
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
         """Summed CTC loss; the count is that of transcript tokens."""

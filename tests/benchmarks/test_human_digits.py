@@ -70,10 +70,10 @@ def test_answers_are_right_and_choices_differ():
 
 
 def test_strings_of_recordings_keep_their_words_at_their_times():
-    corpus = load("human_digits_corpus")
+    corpus, sound = load("human_digits_corpus"), load("human_digits_sound")
     rng = random.Random(0)
     clips = [np.full(1600, level, dtype=np.float32) for level in (0.25, 0.5)]
-    audio, words = corpus.say(clips, ["two", "six"], corpus.Voicing(gain=0.5), rng)
+    audio, words = corpus.say(clips, ["two", "six"], sound.Voicing(gain=0.5), rng)
     for (word, start_s, end_s), expected, level in zip(words, ("two", "six"), (0.125, 0.25), strict=True):
         part = audio[round(start_s * 16_000) + 16 : round(end_s * 16_000) - 16]
         assert word == expected
@@ -83,13 +83,28 @@ def test_strings_of_recordings_keep_their_words_at_their_times():
 
 
 def test_faster_speech_is_shorter_and_higher():
-    corpus = load("human_digits_corpus")
+    corpus, sound = load("human_digits_corpus"), load("human_digits_sound")
     tone = np.sin(2 * np.pi * 500 * np.arange(16_000) / 16_000).astype(np.float32)
-    audio, words = corpus.say([tone], ["one"], corpus.Voicing(speed=1.25), random.Random(0))
+    audio, words = corpus.say([tone], ["one"], sound.Voicing(speed=1.25), random.Random(0))
     start, end = (round(time * 16_000) for time in words[0][1:])
     assert end - start == pytest.approx(12_800, abs=2)
     spectrum = np.abs(np.fft.rfft(audio[start:end]))
     assert spectrum.argmax() * 16_000 / (end - start) == pytest.approx(625, abs=2)
+
+
+def test_two_microphones_sound_alike_once_equalised():
+    sound = load("human_digits_sound")
+    generator = np.random.default_rng(0)
+    voice = [generator.standard_normal(8000).astype(np.float32) for _ in range(20)]
+    bright = [clip - 0.9 * np.concatenate([[0], clip[:-1]]).astype(np.float32) for clip in voice]
+    spectra = [sound.average_spectrum(clips) for clips in (voice, bright)]
+    assert np.abs(spectra[0] - spectra[1])[1:-2].max() > 10
+    first, second = (
+        sound.equalise(clips[0], spectrum) for clips, spectrum in zip((voice, bright), spectra, strict=True)
+    )
+    spectra = [sound.average_spectrum([clip]) for clip in (first, second)]
+    assert np.abs(spectra[0] - spectra[1])[2:-2].max() < 2
+    assert np.sqrt(np.mean(second**2)) == pytest.approx(0.06, rel=1e-3)
 
 
 def test_every_word_is_one_token(tmp_path):
