@@ -137,7 +137,8 @@ def write_encoder(folder: Path, *, steps: int, num_clips: int, seed: int) -> Non
     def change(audio: NDArray[np.float32]) -> NDArray[np.float32]:
         voicing = Voicing.draw(rng)._replace(speed=1.0)
         heard = narrow(audio)
-        return record(vary(equalise(heard, average_spectrum([heard])), voicing), voicing, rng)
+        changed: NDArray[np.float32] = record(vary(equalise(heard, average_spectrum([heard])), voicing), voicing, rng)
+        return changed
 
     print(train_encoder(folder, seed=seed, num_clips=num_clips, steps=steps, change=change))
 

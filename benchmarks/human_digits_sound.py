@@ -21,7 +21,7 @@ _BANDS_HZ = np.array([0, 100, 200, 300, 450, 600, 800, 1000, 1300, 1600, 2000, 2
 _TARGET_DB = -6 * np.log2(np.maximum(_BANDS_HZ, 300) / 300)
 """6 dB less each octave: about the long-term spectrum of speech."""
 
-_MAX_DB = 25.0
+_MAX_BOOST_DB = 25.0  # more would bring up nothing but noise
 _WINDOW = 512
 
 
@@ -59,7 +59,7 @@ def average_spectrum(clips: Sequence[NDArray[np.float32]]) -> NDArray[np.float64
     grid = np.log(np.fft.rfftfreq(_WINDOW, 1 / SAMPLE_RATE_HZ) + 80)
     weights = np.exp(-0.5 * ((grid - np.log(_BANDS_HZ[:, None] + 80)) / 0.12) ** 2)
     level: NDArray[np.float64] = 10 * np.log10(weights @ power / weights.sum(1) + 1e-9)
-    return level - level[3]
+    return np.asarray(level - level[3])
 
 
 def equalise(clip: NDArray[np.float32], spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -69,10 +69,10 @@ def equalise(clip: NDArray[np.float32], spectrum: NDArray[np.float64]) -> NDArra
         clip: ``[L]``.
         spectrum: `average_spectrum` of all that the microphone recorded; needs no transcript.
     """
-    gains = np.clip(_TARGET_DB - spectrum, -_MAX_DB, _MAX_DB)
+    gains = np.minimum(_TARGET_DB - spectrum, _MAX_BOOST_DB)
     gains[-1] = gains[-2]  # nothing was recorded up there
     flat = _filter(clip, gains)
-    return flat * np.float32(_RMS / np.sqrt(np.mean(flat**2) + 1e-9))
+    return np.asarray(flat * (_RMS / np.sqrt(np.mean(flat**2) + 1e-9)), dtype=np.float32)
 
 
 def narrow(audio: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -96,7 +96,7 @@ def vary(clip: NDArray[np.float32], voicing: Voicing) -> NDArray[np.float32]:
 def record(audio: NDArray[np.float32], voicing: Voicing, rng: random.Random) -> NDArray[np.float32]:
     """Apply gain and noise."""
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-    return np.clip(audio * np.float32(voicing.gain) + noise * np.float32(voicing.noise), -1.0, 1.0)
+    return np.asarray(np.clip(audio * voicing.gain + noise * voicing.noise, -1.0, 1.0), dtype=np.float32)
 
 
 def _filter(clip: NDArray[np.float32], gains_db: NDArray[np.float64]) -> NDArray[np.float32]:

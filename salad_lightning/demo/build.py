@@ -19,7 +19,7 @@ __all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
 
 NUM_TEXT_DOCUMENTS = 40_000
 NUM_SPOKEN_DOCUMENTS = 3_000
-NUM_QUESTIONS = {"val": 8, "test": 36}
+NUM_QUESTIONS = {"val": 24, "test": 36}
 """Spoken questions of each domain."""
 
 

@@ -26,7 +26,10 @@ SAMPLE_RATE_HZ = 16_000
 
 _ACCENTS = ("en-us", "gmw/en", "en-gb-x-rp")
 _VARIANTS = {
-    "train": ("m1", "m3", "m5", "m6", "m7", "f1", "f2", "f5"),
+    "train": (
+        *("m1", "m3", "m5", "m6", "m7", "f1", "f2", "f5", "Alex", "Andrea", "Annie", "Denis", "Gene", "Lee", "Mario"),
+        *("Michael", "belinda", "david", "edward", "linda", "max", "paul", "robert", "victor"),
+    ),
     "val": ("m2", "f3"),
     "test": ("m4", "f4"),
 }
