@@ -8,7 +8,7 @@ PYTHON ?= python3
 # Test processes side by side, each with one thread.
 JOBS ?= 2
 # `make test` fails below this coverage of the package, in percent.
-COVERAGE ?= 0
+COVERAGE ?= 90
 BENCH ?= --budget-minutes 60
 
 VENV := .venv
