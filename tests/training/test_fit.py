@@ -188,6 +188,7 @@ def in_process_of_its_own(arguments, extra=None):
     """Exit code of a command line run by a forked process, with one more callback."""
 
     def work():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # coverage's own handler belongs to the parent
         if extra is not None:
             build = lightning.SaladCLI.instantiate_trainer
 

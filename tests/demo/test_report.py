@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from salad_lightning.demo.arms import Arm, arm_steps, base_steps
+from salad_lightning.demo.pipeline import Step
+from salad_lightning.demo.report import write_report
+
+DOMAINS = {"rivers": True, "stars": False, "laws": False}
+FIGURES = ("speech_accuracy", "text_accuracy", "base_text_accuracy", "misalignment", "forgetting")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two tested arms, as `fit` and `test` leave them."""
+    (tmp_path / "world").mkdir()
+    rows = [{"name": name, "heard": heard, "speech_share": 0.5 * heard} for name, heard in DOMAINS.items()]
+    (tmp_path / "world" / "domains.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, name in enumerate(("stage1_kl-0", "stage1_nll-0")):
+        folder = tmp_path / name
+        (folder / "logs" / "version_0").mkdir(parents=True)
+        values = {"rivers": 0.9 - 0.1 * number, "stars": 0.4, "laws": 0.2}
+        groups = {"all": {}, "groups": dict.fromkeys(FIGURES, values)}
+        (folder / "test.json").write_text(json.dumps({"questions": groups, "muted": groups, "shuffled": groups}))
+        fit = {"steps": 5, "seconds": 2.0, "trainable_parameters": 7, "tokens": 100.0, "audio_seconds": 3.0}
+        (folder / "fit.json").write_text(json.dumps(fit))
+        columns = "step,train/tokens,train/loss,val/questions/misalignment,val/questions/forgetting\n"
+        (folder / "logs" / "version_0" / "metrics.csv").write_text(columns + "0,10,2.0,,\n1,,,1.5,0.1\n2,20,1.0,,\n")
+    return tmp_path
+
+
+def test_report_has_the_documented_schema(root, capsys):
+    report = write_report([Arm("stage1_kl"), Arm("stage1_nll")], root)
+    assert json.loads((root / "report.json").read_text()) == report
+    kl, nll = report["arms"]
+    assert (kl["name"], nll["name"], kl["seed"]) == ("stage1_kl", "stage1_nll", 0)
+    for figure in FIGURES:
+        assert set(kl[figure]) == {"heard", "unheard", "domains"}
+        assert set(kl[figure]["domains"]) == set(DOMAINS)
+    assert kl["speech_accuracy"]["heard"] == 0.9
+    assert nll["speech_accuracy"]["heard"] == 0.8
+    assert kl["speech_accuracy"]["unheard"] == pytest.approx(0.3)
+    assert (kl["train_seconds"], kl["audio_seconds"], kl["tokens"], kl["trainable_parameters"]) == (2.0, 3.0, 100.0, 7)
+    assert {"versions", "machine"} < set(report)
+    for plot in ("gap_by_domain", "misalignment_and_forgetting", "learning_curves"):
+        assert (root / f"{plot}.png").stat().st_size > 10_000
+    assert "control: muted audio" in capsys.readouterr().out
+
+
+def test_arms_share_what_they_can_and_stand_on_steps_that_exist(root, request):
+    recipes = request.config.rootpath / "recipes"
+    other = '--model.init_args.connector={"class_path": "MLPConnector"}'
+    arms = [
+        Arm("kl"),
+        Arm("nll", ("--model.init_args.objective=NLLObjective",)),
+        Arm("mlp", (other,)),
+        Arm("kl", seed=1),
+    ]
+    steps: dict[str, Step] = {step.name: step for step in base_steps(recipes, root)}
+    for arm in arms:
+        for step in arm_steps(arm, recipes, root):
+            assert steps.setdefault(step.name, step) == step, "two different steps of one name"
+    assert {name for name in steps if name.startswith("warmup")} == {"warmup-0", "warmup-mlp-0", "warmup-1"}
+    for step in steps.values():
+        assert set(step.after) <= set(steps)
+        assert all(path.is_file() for path in step.reads)
