@@ -140,11 +140,18 @@ def arm_row(arm: Arm, root: Path) -> dict[str, Any]:
 
 
 def learning_curve(arm: Arm, root: Path, column: str) -> list[tuple[float, float]]:
-    """``(tokens seen, value)`` of a logged figure, newest version of the log."""
-    logs = sorted((root / f"{arm.name}-{arm.seed}" / "logs").glob("version_*/metrics.csv"))
+    """``(tokens seen, value)`` of a figure, from the newest log that has it (a test writes one of its own)."""
+    logs = (root / f"{arm.name}-{arm.seed}" / "logs").glob("version_*/metrics.csv")
+    for log in sorted(logs, key=lambda path: int(path.parent.name.removeprefix("version_")), reverse=True):
+        if points := _points(log, column):
+            return points
+    return []
+
+
+def _points(log: Path, column: str) -> list[tuple[float, float]]:
     points: list[tuple[float, float]] = []
     tokens = 0.0
-    with logs[-1].open(newline="") as file:
+    with log.open(newline="") as file:
         for line in csv.DictReader(file):
             tokens = float(line.get("train/tokens") or tokens)
             if line.get(column):

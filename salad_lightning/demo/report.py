@@ -66,9 +66,9 @@ def _plot_gap(rows: list[dict[str, Any]], order: list[str], shares: dict[str, fl
     axes.axhline(0.25, color="0.3", linestyle=":", label="chance")
     ticks = [f"{name}\n{shares[name]:.1%}" for name in order]
     axes.set_xticks([x + width * len(rows) / 2 for x in range(len(order))], ticks, fontsize=8)
-    axes.set(ylim=(0, 1.05), ylabel="accuracy", xlabel="domain, and its share of the natural speech heard in training")
+    axes.set(ylim=(0, 1.25), ylabel="accuracy", xlabel="domain, and its share of the natural speech heard in training")
     axes.set_title("Answering questions: text against speech (unseen sentences, unseen voices)")
-    axes.legend(fontsize=8, ncols=2, loc="lower left")
+    axes.legend(fontsize=8, ncols=4, loc="upper center")
     _save(figure, path)
 
 
@@ -88,14 +88,18 @@ def _plot_causes(rows: list[dict[str, Any]], order: list[str], path: Path) -> No
 
 
 def _plot_curves(arms: list[Arm], root: Path, path: Path) -> None:
-    columns = {"train/loss": "training loss", "val/questions/misalignment": "M, held out"}
-    columns["val/questions/forgetting"] = "F, held out"
+    columns = {
+        "val/questions/kl": "KL( original on text ‖ adapted on speech )",
+        "val/questions/misalignment": "misalignment M",
+        "val/questions/forgetting": "forgetting F",
+    }
     figure, panels = plt.subplots(1, len(columns), figsize=(12, 3.6))
     for panel, (column, title) in zip(panels, columns.items(), strict=True):
         for arm in arms:
             points = learning_curve(arm, root, column)
-            panel.plot([x / 1e3 for x, _ in points], [y for _, y in points], label=_LABELS.get(arm.name, arm.name))
-        panel.set(title=title, xlabel="positions seen, thousands", ylabel="nats per token", yscale="log")
+            label = _LABELS.get(arm.name, arm.name)
+            panel.plot([x / 1e3 for x, _ in points], [y for _, y in points], marker=".", label=label)
+        panel.set(title=title, xlabel="positions seen, thousands", ylabel="nats per token, validation", yscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     _save(figure, path)

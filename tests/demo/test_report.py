@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from salad_lightning.demo.arms import Arm, arm_steps, base_steps
+from salad_lightning.demo.arms import Arm, arm_steps, base_steps, learning_curve
 from salad_lightning.demo.pipeline import Step
 from salad_lightning.demo.report import write_report
 
@@ -45,6 +45,13 @@ def test_report_has_the_documented_schema(root, capsys):
     for plot in ("gap_by_domain", "misalignment_and_forgetting", "learning_curves"):
         assert (root / f"{plot}.png").stat().st_size > 10_000
     assert "control: muted audio" in capsys.readouterr().out
+
+
+def test_curves_come_from_the_training_log_not_from_a_later_test(root):
+    later = root / "stage1_kl-0" / "logs" / "version_10"
+    later.mkdir()
+    (later / "metrics.csv").write_text("step,test/questions/misalignment\n5,0.3\n")
+    assert learning_curve(Arm("stage1_kl"), root, "val/questions/misalignment") == [(10.0, 1.5)]
 
 
 def test_arms_share_what_they_can_and_stand_on_steps_that_exist(root, request):
