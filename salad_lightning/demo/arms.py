@@ -53,7 +53,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
     text_lm, splits = recipes / "text_lm.yaml", ("train", "val", "test")
     return [
         build("text", weight=9),
-        *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in ("text", "text_val", "text_test")],
+        *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in ("text", "text_val", "text_test", "text_mix")],
         Step(
             "teacher",
             [*_cli("fit"), "--config", str(text_lm)],
@@ -91,7 +91,7 @@ def arm_steps(arm: Arm, recipes: Path, root: Path, *, warmup: bool = True) -> li
     configs = (recipes / "stage1.yaml", recipes / "scale" / "mini.yaml")
     options = [word for path in configs for word in ("--config", str(path))]
     seed = [f"--seed_everything={arm.seed}", f"--data.init_args.seed={arm.seed}"]
-    after: tuple[str, ...] = ("teacher", "encoder", "prepare-text", "prepare-speech_train", "prepare-speech_val")
+    after: tuple[str, ...] = ("teacher", "encoder", "prepare-text_mix", "prepare-speech_train", "prepare-speech_val")
     steps, start = [], []
     if warmup:
         parts = [word for word in arm.overrides if ".connector=" in word or ".connector.init_args" in word]

@@ -18,6 +18,7 @@ from salad_lightning.demo.world import World, build_world, sentence_windows
 __all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
 
 NUM_TEXT_DOCUMENTS = 40_000
+NUM_MIXED_DOCUMENTS = 12_000
 NUM_SPOKEN_DOCUMENTS = 3_000
 NUM_QUESTIONS = {"val": 24, "test": 36}
 """Spoken questions of each domain."""
@@ -29,6 +30,11 @@ def build_text(world: World, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     train = [text for _, text in world.documents(NUM_TEXT_DOCUMENTS, seed=world.seed)]
     _write(folder / "text.jsonl", ({"text": text} for text in train))
+    # Stage I's plain text is about what the natural speech is about, narrower than what the LLM was trained on: no
+    # user has the LLM's own training text. So forgetting has something to show in the other domains.
+    shares = {domain.name: domain.speech_share for domain in world.domains}
+    mixed = world.documents(NUM_MIXED_DOCUMENTS, seed=world.seed + 2, shares=shares)
+    _write(folder / "text_mix.jsonl", ({"text": text} for _, text in mixed))
     held_out = world.documents(200, seed=world.seed + 1)
     _write(folder / "text_val.jsonl", ({"text": text, "domain": domain} for domain, text in held_out))
     questions = world.questions()
