@@ -50,10 +50,11 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         weight = 9.0 if name in ("text", "text_val") else 2.0
         return Step(f"prepare-{name}", [*command, "--overwrite"], (after,), weight=weight)
 
-    text_lm, splits = recipes / "text_lm.yaml", ("train", "val", "test")
+    text_lm = recipes / "text_lm.yaml"
+    texts, splits = ("text", "text_val", "text_test", "text_mix"), ("train", "val", "test")
     return [
         build("text", weight=9),
-        *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in ("text", "text_val", "text_test", "text_mix")],
+        *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in texts],
         Step(
             "teacher",
             [*_cli("fit"), "--config", str(text_lm)],
