@@ -127,7 +127,7 @@ def test_stage1_at_the_papers_sizes(tmp_path):
     with torch.device("meta"):
         llm = build_language_model(load_config(str(tmp_path)), vocab_size=151_665)
         connector = CausalTransformerConnector(
-            encoder_dim=mimi.hidden_size, llm_dim=llm.dim, **recipe["connector"]["init_args"]
+            encoder_dim=mimi.hidden_size, llm_dim=llm.dim, **recipe["connector"].get("init_args", {})
         )
     assert llm.dim == 2048
     assert len(llm.blocks) == 36
