@@ -105,6 +105,9 @@ class SpeechBatch:
         document_ids_BS: Which document of the batch a position belongs to (index into ``documents``); -1 for padding.
         clips_NL: float32 audio, zero-padded, at the encoder's sample rate.
         clip_lengths_N: Samples.
+        stored_NT: ``[N', T, …]`` clips that shards hold pre-encoded (`interfaces.Stored`), zero-padded; they are
+            numbered after the ``clips_NL``. None where there are none.
+        stored_lengths_N: ``[N']`` their frames.
         span_clip_K: Which clip a speech span is cut from.
         span_first_frame_K: First encoder frame of the span within its clip.
         span_num_frames_K: Encoder frames of the span.
@@ -152,6 +155,8 @@ class SpeechBatch:
     audio_seconds: float = 0.0
     stream_state: dict[str, Any] = field(default_factory=dict)
     max_span_frames: int = 0
+    stored_NT: Tensor | None = None
+    stored_lengths_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Read the longest span once, on the host, where the batch is built: later it would cost a device sync."""

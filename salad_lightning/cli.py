@@ -28,7 +28,7 @@ class Command(NamedTuple):
     Attributes:
         summary: One line for ``--help``.
         module: Where it lives; imported only when it is chosen.
-        lightning: Whether LightningCLI parses its arguments.
+        lightning: Whether its module parses its arguments by itself, as LightningCLI does.
     """
 
     summary: str
@@ -43,6 +43,11 @@ COMMANDS = {
     "test": Command("measure a model on the test data", _LIGHTNING, lightning=True),
     "predict": Command("run a model over data and write what it predicts", _LIGHTNING, lightning=True),
     "prepare": Command("turn a manifest of recordings, or plain text, into shards", "salad_lightning.corpus.prepare"),
+    "align": Command("find when each word of a transcript is spoken, by a CTC model", "salad_lightning.corpus.align"),
+    "lint": Command("read shards through and report every problem", "salad_lightning.corpus.lint"),
+    "encode": Command("run a recipe's frozen encoder once over shards", "salad_lightning.commands.encode"),
+    "select": Command("choose, by misalignment, which texts to speak", "salad_lightning.commands.select", lightning=True),
+    "synthesize": Command("turn a manifest of texts into shards of speech", "salad_lightning.corpus.synthesize"),
     "plugins": Command(
         "list the installed encoders, connectors, objectives and synthesizers", "salad_lightning.commands.plugins"
     ),

@@ -7,6 +7,7 @@ A part is a class; installing a package that names it under an entry-point group
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -108,6 +109,20 @@ class Encoder(nn.Module, ABC):
         # A span edge is a word time rounded to milliseconds: forgive a thousandth of a frame.
         last = int(end_s * self.frame_rate_hz + 1e-3)
         return min(int(start_s * self.frame_rate_hz + 1e-3), last), last
+
+    def identity(self) -> str:
+        """A name for exactly this encoder with these weights, which pre-encoded shards carry."""
+        digest = hashlib.sha256(repr(sorted(self.settings().items())).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            if not tensor.is_meta:
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return f"{type(self).__name__}-{digest.hexdigest()[:16]}"
+
+    def settings(self) -> dict[str, object]:
+        """What decides, beside the weights, what `encode` stores; part of `identity`."""
+        names = ("sample_rate_hz", "frame_rate_hz", "output_dim", "num_layers")
+        return {name: getattr(self, name) for name in names}
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in eval mode whatever is asked: the encoder is frozen (dropout off, batch statistics fixed)."""

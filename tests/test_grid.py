@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from salad_lightning.data.documents import InterleaveDocuments
 from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.packing import collate
 from salad_lightning.registry import load_all
 from salad_lightning.testing.runs import save_tiny_world

@@ -32,9 +32,12 @@ _DEFAULT_MODEL = "salad_lightning.training.speech_llm_module.SpeechLLMModule"
 _DEFAULT_DATA = "salad_lightning.data.datamodule.SpeechDataModule"
 # Imported so that the short names of their classes are known.
 _NAMED = (
+    "salad_lightning.data.interleave",
+    "salad_lightning.data.template",
     "salad_lightning.training.connector_warmup_module",
     "salad_lightning.training.text_lm_module",
     "salad_lightning.training.callbacks",
+    "salad_lightning.training.misalignment_monitor",
 )
 
 

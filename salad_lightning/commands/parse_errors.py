@@ -26,7 +26,7 @@ _UNKNOWN_KEY = re.compile(
 _MISSING_KEYS = re.compile(r"the following arguments are required: (.+)|Key ['\"]([^'\"]+)['\"] is required")
 _WRONG_VALUE = re.compile(r"Expected (?:a|an|to be) (?!<class 'NoneType'>)(.+?)\. Got value: (.*)")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
-_PARENT_KEY = re.compile(r'Parser key "([^"]+)"')
+_PARENT_KEY = re.compile(r"Parser key \"([^\"]+)\"|Group '([^']+)' does not accept")
 _CLASS_PATH = re.compile(r"class_path[ =]'([^']+)'")
 # Lines, and beginnings of lines, that only describe the search; what is left of a message is its point.
 _NOISE = re.compile(
@@ -47,7 +47,7 @@ def explain(error: Exception, parser: ArgumentParser, settings: Sequence[Setting
         subcommand: Whose ``--help`` to point to.
     """
     message = str(error)
-    parents = [_short(key) for key in _PARENT_KEY.findall(message)]
+    parents = [_short(key or group) for key, group in _PARENT_KEY.findall(message)]
     if match := _UNKNOWN_KEY.search(message):
         key = ".".join([*parents, _short(next(filter(None, match.groups())))])
         key, valid = _first_unknown(key, message, parser)

@@ -2,7 +2,9 @@
 
 A shard is a WebDataset tar. A sample is ``{key}.json`` with ``{"text": …, "words": [[word, start_s, end_s], …], …}``
 beside ``{key}.flac`` (or another extension of `AUDIO_EXTENSIONS`); plain text is ``{key}.json`` alone. ``words`` is
-optional; every other JSON field is kept. Nothing in a shard is ever unpickled or executed.
+optional; every other JSON field is kept. Pre-encoded speech is ``{key}.frames.npy`` or ``{key}.codes.npy`` in place of
+the audio, with ``encoded: {"by": encoder, "num_samples": samples}`` in the JSON. Nothing in a shard is ever unpickled
+or executed.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ from salad_lightning.interfaces import TimedWord
 
 __all__ = [
     "AUDIO_EXTENSIONS",
+    "ENCODED_EXTENSIONS",
     "TIME_SLACK_S",
+    "Encoded",
     "RawSample",
     "ShardWriter",
     "Utterance",
     "decode",
     "decode_audio",
+    "encode_array",
     "encode_flac",
     "parse_words",
     "read_shard",
@@ -46,6 +51,9 @@ __all__ = [
 
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
 """Decoded with soundfile, whose wheel carries its own codecs."""
+
+ENCODED_EXTENSIONS = ("frames.npy", "codes.npy")
+"""What a frozen encoder made of the audio: floats or integers."""
 
 TIME_SLACK_S = 0.25
 """How far word times may go beyond the audio: aligners round to their own frames; more is another recording's."""
@@ -67,8 +75,23 @@ class RawSample:
 
     @property
     def has_audio(self) -> bool:
-        """Whether one of the members is audio."""
-        return any(extension in self.members for extension in AUDIO_EXTENSIONS)
+        """Whether one of the members is audio, as it was recorded or encoded."""
+        return any(extension in self.members for extension in (*AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Audio as a frozen encoder left it (`Encoder.encode`).
+
+    Attributes:
+        data: ``[T, …]`` codes (int64) or frames (float32), T encoder frames.
+        by: Identity of the encoder (`Encoder.identity`).
+        num_samples: Length of the audio at the encoder's sample rate.
+    """
+
+    data: NDArray[Any]
+    by: str
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,8 @@ class Utterance:
         source: Name of the source it is read for.
         text: Transcript, with case and punctuation.
         words: Spoken units in order with their times, or None where the shard has none.
-        audio: ``[L]`` float32 mono at the rate asked for, or None for plain text.
+        audio: ``[L]`` float32 mono at the rate asked for, or None for plain text and pre-encoded speech.
+        encoded: Pre-encoded speech, or None.
         fields: The remaining JSON fields.
         shard: Path of its shard, for messages.
     """
@@ -90,8 +114,16 @@ class Utterance:
     text: str
     words: list[TimedWord] | None = None
     audio: NDArray[np.float32] | None = None
+    encoded: Encoded | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     shard: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of speech at the encoder's rate; 0 for plain text."""
+        if self.encoded is not None:
+            return self.encoded.num_samples
+        return 0 if self.audio is None else len(self.audio)
 
     @property
     def where(self) -> str:
@@ -103,7 +135,7 @@ class Utterance:
         fields = {name: value for name, value in self.fields.items() if name != "speech_end_s"}
         if "speech_end_s" in other.fields:
             fields["speech_end_s"] = other.fields["speech_end_s"]
-        return dataclasses.replace(self, audio=other.audio, words=None, fields=fields)
+        return dataclasses.replace(self, audio=other.audio, encoded=other.encoded, words=None, fields=fields)
 
 
 def read_shard(path: str | Path) -> Iterator[RawSample]:
@@ -148,11 +180,15 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
     if not isinstance(text, str) or not text.strip():
         raise UserError("the JSON has no `text`", where=where, cure="give every sample its transcript")
     words = parse_words(record.pop("words", None), where)
-    audio = None
-    extension = next((extension for extension in AUDIO_EXTENSIONS if extension in raw.members), None)
-    if extension is not None and sample_rate_hz:
-        audio, _ = decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
-    return Utterance(raw.key, source, text, words, audio, record, raw.shard)
+    audio, encoded, about = None, None, record.pop("encoded", None)
+    if sample_rate_hz:
+        for extension in AUDIO_EXTENSIONS:
+            if extension in raw.members:
+                audio, _ = decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
+                break
+        else:
+            encoded = _parse_encoded(raw, about, where)
+    return Utterance(raw.key, source, text, words, audio, encoded, record, raw.shard)
 
 
 def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tuple[NDArray[np.float32], int]:
@@ -219,6 +255,13 @@ def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:
     return buffer.getvalue()
 
 
+def encode_array(data: NDArray[Any]) -> bytes:
+    """An array as the content of a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, data, allow_pickle=False)
+    return buffer.getvalue()
+
+
 class ShardWriter:
     """Writes samples into numbered shards of a folder; a shard gets its final name only when it is complete.
 
@@ -227,15 +270,15 @@ class ShardWriter:
     Args:
         folder: Made if missing.
         prefix: Shards are called ``{prefix}-{number:06d}.tar``.
-        samples_per_shard: Samples in every shard but the last.
+        samples_per_shard: Samples in every shard but the last; 0 puts all into one that is called ``{prefix}.tar``.
 
     Attributes:
         paths: The finished shards.
     """
 
     def __init__(self, folder: str | Path, prefix: str, samples_per_shard: int = 1000) -> None:
-        if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+        if samples_per_shard < 0:
+            raise ValueError(f"samples_per_shard must be at least 0, got {samples_per_shard}")
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
         self.paths: list[Path] = []
@@ -249,16 +292,16 @@ class ShardWriter:
         Args:
             key: Unique; without ``.``, which WebDataset takes for the start of the extension.
             record: The JSON, with ``text``.
-            audio: An encoded audio file, or None for plain text.
-            extension: The audio's extension, one of `AUDIO_EXTENSIONS`.
+            audio: Content of an audio or ``.npy`` file, or None for plain text.
+            extension: Its extension, one of `AUDIO_EXTENSIONS` or `ENCODED_EXTENSIONS`.
 
         Raises:
             ValueError: If the key has a dot or was used, or the extension is not read back.
         """
         if "." in key or not key or key in self._keys:
             raise ValueError(f"keys must be new and without a dot, got {key!r}")
-        if extension not in AUDIO_EXTENSIONS:
-            raise ValueError(f"extension must be one of {AUDIO_EXTENSIONS}, got {extension!r}")
+        if extension not in (*AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS):
+            raise ValueError(f"the extension {extension!r} is none of {AUDIO_EXTENSIONS + ENCODED_EXTENSIONS}")
         if self._open is None:
             file = open(self._temporary, "wb")  # noqa: SIM115 closed in _finish or __exit__
             # Fixed owner and time: the same samples give the same bytes.
@@ -274,7 +317,8 @@ class ShardWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self.folder / f".{self.prefix}-{len(self.paths):06d}.tar.partial"
+        number = f"-{len(self.paths):06d}" if self.samples_per_shard else ""
+        return self.folder / f".{self.prefix}{number}.tar.partial"
 
     def _close(self) -> None:
         if self._open is not None:
@@ -316,6 +360,28 @@ def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError("the .json is not an object", where=where)
     return record
+
+
+def _parse_encoded(raw: RawSample, about: Any, where: str) -> Encoded | None:
+    extension = next((extension for extension in ENCODED_EXTENSIONS if extension in raw.members), None)
+    if extension is None:
+        return None
+    try:
+        data = np.load(io.BytesIO(raw.members[extension]), allow_pickle=False)
+        return Encoded(_widened(data, extension), str(about["by"]), int(about["num_samples"]))
+    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:
+        raise UserError(
+            f"not what an encoder stored ({error})",
+            where=f"{where}.{extension}",
+            cure="write the shard again with `salad-lightning encode`",
+        ) from error
+
+
+def _widened(data: NDArray[Any], extension: str) -> NDArray[Any]:
+    """Shards hold the smallest type that fits; a model takes float32 and int64."""
+    if data.ndim < 1 or not len(data) or data.dtype.kind not in {"frames.npy": "f", "codes.npy": "iu"}[extension]:
+        raise ValueError(f"an array of type {data.dtype} and shape {data.shape}")
+    return data.astype(np.float32 if data.dtype.kind == "f" else np.int64, copy=False)
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,7 +15,7 @@ from torch import Tensor
 from salad_lightning.batch import SpeechBatch
 from salad_lightning.data.segments import Document
 
-__all__ = ["PackedRows", "collate", "pack"]
+__all__ = ["PackedRows", "collate", "pack", "pad"]
 
 
 class _HasPositions(Protocol):
@@ -137,7 +137,7 @@ class _Layout:
         self.positions = np.zeros(rows * width, dtype=np.int64)
         self.owners = np.full(rows * width, -1, dtype=np.int64)
         self.documents: list[Document] = []
-        self.clips: list[NDArray[np.float32]] = []
+        self.clips: dict[bool, list[NDArray[Any]]] = {False: [], True: []}  # by whether they are pre-encoded
         self.clip_numbers: dict[int, int] = {}  # by identity: the options of one question share their clip
         self.spans: list[tuple[int, ...]] = []
         self.seconds = 0.0
@@ -157,30 +157,35 @@ class _Layout:
             raise ValueError(f"{document.info.key}: loss on a spoken token, or on the first of a document")
         self.predict_at.append(offset + at - 1)
         for span, span_at in zip(document.spans, document.span_at, strict=True):
-            clip = self._clip_number(document.clips[span.clip])
+            clip = self._clip_number(document.clips[span.clip], document.encoded)
             frames = (span.first_frame, span.num_frames, span.num_words)
-            self.spans.append((clip, *frames, offset + span_at, span.num_positions, span.stop - span.start))
+            self.spans.append(
+                (document.encoded, clip, *frames, offset + span_at, span.num_positions, span.stop - span.start)
+            )
             self.seconds += span.seconds
 
-    def _clip_number(self, clip: NDArray[np.float32]) -> int:
+    def _clip_number(self, clip: NDArray[Any], encoded: bool) -> int:
         if id(clip) not in self.clip_numbers:
-            self.clip_numbers[id(clip)] = len(self.clips)
-            self.clips.append(clip)
+            self.clip_numbers[id(clip)] = len(self.clips[encoded])
+            self.clips[encoded].append(clip)
         return self.clip_numbers[id(clip)]
 
     def finish(self, num_positions: int, stream_state: dict[str, Any]) -> SpeechBatch:
         """All of it as tensors."""
         teacher = _teacher_rows(self.documents, self.teacher_width)
-        spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 7).T.contiguous()
+        encoded, *spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 8).T.contiguous()
         counts = [int(document.predicted.sum()) for document in self.documents]
-        clips, clip_lengths = _pad_clips(self.clips)
+        clips, clip_lengths = pad(self.clips[False], np.zeros((0, 0), dtype=np.float32))
+        stored, stored_lengths = pad(self.clips[True]) if self.clips[True] else (None, None)
         return SpeechBatch(
             input_ids_BS=torch.from_numpy(self.ids).view(self.shape),
             position_ids_BS=torch.from_numpy(self.positions).view(self.shape),
             document_ids_BS=torch.from_numpy(self.owners).view(self.shape),
             clips_NL=clips,
             clip_lengths_N=clip_lengths,
-            span_clip_K=spans[0].clone(),
+            stored_NT=stored,
+            stored_lengths_N=stored_lengths,
+            span_clip_K=spans[0] + encoded * len(self.clips[False]),
             span_first_frame_K=spans[1].clone(),
             span_num_frames_K=spans[2].clone(),
             span_num_words_K=spans[3].clone(),
@@ -206,12 +211,15 @@ def _join(parts: list[NDArray[np.int64]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
 
 
-def _pad_clips(clips: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+def pad(clips: list[NDArray[Any]], none: NDArray[Any] | None = None) -> tuple[Tensor, Tensor]:
+    """``[L, …]`` arrays to ``[N, L, …]`` and their lengths ``[N]``; ``none`` where there is no array."""
     lengths = [len(clip) for clip in clips]
-    padded = np.zeros((len(clips), max(lengths, default=0)), dtype=np.float32)
-    for row, clip in zip(padded, clips, strict=True):
-        row[: len(clip)] = clip
-    return torch.from_numpy(padded), torch.tensor(lengths, dtype=torch.int64)
+    if clips or none is None:
+        padded = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), dtype=clips[0].dtype)
+        for row, clip in zip(padded, clips, strict=True):
+            row[: len(clip)] = clip
+        none = padded
+    return torch.from_numpy(none), torch.tensor(lengths, dtype=torch.int64)
 
 
 def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +47,17 @@ class Document:
         token_ids: ``[T]`` int64, special tokens included.
         predicted: ``[T]`` bool: tokens that carry loss; never inside a span, and never the very first element.
         spans: Speech spans in order, not overlapping; all other tokens are read as text.
-        clips: ``[L]`` float32 audio each, at the encoder's sample rate.
+        clips: ``[L]`` float32 audio each, at the encoder's sample rate; or ``[T, …]`` what the encoder stored of it.
         info: Where the document comes from.
+        encoded: Whether clips are what the encoder stored.
     """
 
     token_ids: NDArray[np.int64]
     predicted: NDArray[np.bool_]
     info: DocumentInfo
     spans: list[SpeechSpan] = field(default_factory=list)
-    clips: list[NDArray[np.float32]] = field(default_factory=list)
+    clips: list[NDArray[Any]] = field(default_factory=list)
+    encoded: bool = False
 
     @cached_property
     def num_positions(self) -> int:

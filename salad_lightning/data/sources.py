@@ -14,7 +14,7 @@ import braceexpand
 from salad_lightning.data.documents import DocumentBuilder
 from salad_lightning.errors import UserError
 
-__all__ = ["Source", "check_sources", "shard_paths"]
+__all__ = ["Source", "check_sources", "expand_shards", "shard_paths"]
 
 
 @dataclass
@@ -46,9 +46,18 @@ def shard_paths(source: Source) -> list[str]:
     Raises:
         UserError: If a path is missing, a folder holds no shard, or a path is a command or an address.
     """
-    patterns = [source.shards] if isinstance(source.shards, str) else source.shards
-    if not patterns:
+    if not source.shards:
         raise UserError(f"source {source.name!r} lists no shards", where="shards", cure="give a folder of .tar files")
+    return expand_shards(source.shards)
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[str]:
+    """Files that a path stands for, sorted; see `Source.shards`.
+
+    Raises:
+        UserError: If a path is missing, a folder holds no shard, or a path is a command or an address.
+    """
+    patterns = [shards] if isinstance(shards, str) else shards
     return sorted({path for pattern in patterns for path in _expand(pattern)})
 
 

@@ -22,6 +22,7 @@ class SequenceSpec:
         num_frames: Samples of a clip to encoder frames (`Encoder.output_lengths`).
         frame_span: ``(start_s, end_s)`` to frames ``[first, last)`` of a whole utterance (`Encoder.frame_span`).
         num_positions: ``(frames, words)`` of a span to the positions it fills, switch embeddings included.
+        encoder: `Encoder.identity`, to compare with what encoded the shards.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -31,6 +32,7 @@ class SequenceSpec:
     num_frames: Callable[[int], int]
     frame_span: Callable[[float, float], tuple[int, int]]
     num_positions: Callable[[int, int], int]
+    encoder: str = ""
 
     @classmethod
     def text_only(cls, tokenizer: PreTrainedTokenizerFast, context: int) -> SequenceSpec:

@@ -50,7 +50,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         weight = 9.0 if name in ("text", "text_val") else 2.0
         return Step(f"prepare-{name}", [*command, "--overwrite"], (after,), weight=weight)
 
-    text_lm = recipes / "text_lm.yaml"
+    text_lm, mini = recipes / "text_lm.yaml", recipes / "scale" / "mini.yaml"
     texts, splits = ("text", "text_val", "text_test", "text_mix"), ("train", "val", "test")
     return [
         build("text", weight=9),
@@ -77,6 +77,15 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
             prepare(f"speech_{split}", "manifest", f"speech/{split}/manifest.jsonl", f"speech-{split}")
             for split in splits
         ],
+        Step(
+            "encode-speech_train",
+            [
+                *_cli("encode"), str(root / "shards" / "speech_train"),
+                "--output", str(root / "shards" / "speech_train_encoded"), "--config", str(mini), "--overwrite",
+            ],
+            ("encoder", "prepare-speech_train"),
+            (mini,),
+        ),
     ]  # fmt: skip
 
 
@@ -92,7 +101,7 @@ def arm_steps(arm: Arm, recipes: Path, root: Path, *, warmup: bool = True) -> li
     configs = (recipes / "stage1.yaml", recipes / "scale" / "mini.yaml")
     options = [word for path in configs for word in ("--config", str(path))]
     seed = [f"--seed_everything={arm.seed}", f"--data.init_args.seed={arm.seed}"]
-    after: tuple[str, ...] = ("teacher", "encoder", "prepare-text_mix", "prepare-speech_train", "prepare-speech_val")
+    after: tuple[str, ...] = ("teacher", "encode-speech_train", "prepare-text_mix", "prepare-speech_val")
     steps, start = [], []
     if warmup:
         parts = [word for word in arm.overrides if ".connector=" in word or ".connector.init_args" in word]

@@ -24,7 +24,8 @@ SYLLABLE_PATTERN = "▁?[^aeiou▁]+(?:" + "|".join(_FIRST_VOWELS) + ")"
 """What the tokenizer splits names by; "▁" marks the beginning of a word."""
 
 _NUM_FIRST, _NUM_INNER = 30, 26
-_NUM_ENTITIES, _NUM_VALUES = 12, 7
+_NUM_ENTITIES, _NUM_VALUES, _NUM_CHOICES = 12, 7, 4
+_NUM_GROUPS = _NUM_ENTITIES // _NUM_CHOICES  # of entities that are asked about together
 
 # Relation words of each domain, and the share of the natural speech it gets.
 _DOMAINS: dict[str, tuple[float, str]] = {
@@ -211,17 +212,29 @@ def words_of(text: str) -> list[str]:
 
 
 def _facts(domain: Domain, position: int, relation: str, answers: Sequence[str], rng: random.Random) -> list[Fact]:
+    """One relation of all entities of a domain.
+
+    Every third entity has its test fact here, or its validation fact: a relation of each entity is kept for either,
+    so that all words are heard in training, and no combination that is asked. The entities asked about together have
+    different values, which are the choices of all their questions: whoever hears nothing is right once in four.
+    """
+    values = {rank: rng.choice(answers) for rank in range(_NUM_ENTITIES)}
+    splits, choices = {}, {}
+    for group in range(_NUM_GROUPS):
+        asked = {group: "test", _NUM_GROUPS + group % 2: "val"}.get(position)
+        members = range(group, _NUM_ENTITIES, _NUM_GROUPS)
+        if asked is not None:
+            together = rng.sample(answers, len(members))
+            values |= dict(zip(members, together, strict=True))
+            splits |= dict.fromkeys(members, asked)
+            choices |= {rank: tuple(rng.sample(together, len(together))) for rank in members}
     facts = []
     for rank, entity in enumerate(domain.entities):
-        value = rng.choice(answers)
-        others = rng.sample([answer for answer in answers if answer != value], 3)
-        choices = tuple(rng.sample([value, *others], 4))
-        # One relation of each entity is kept for the test and one for validation, a different one from entity to
-        # entity: all words are heard in training, and no combination that is asked.
-        turn = (position + rank) % len(domain.relations)
-        split = {0: "test", 1: "val"}.get(turn, "train")
+        value = values[rank]
+        others = rng.sample([answer for answer in answers if answer != value], _NUM_CHOICES - 1)
+        offered = choices.get(rank) or tuple(rng.sample([value, *others], _NUM_CHOICES))
         weight = (rank + 1) ** -0.5 * rng.uniform(0.5, 1.5)  # long-tailed
-        facts.append(Fact(domain.name, entity, relation, value, choices, weight, split))
+        facts.append(Fact(domain.name, entity, relation, value, offered, weight, splits.get(rank, "train")))
     return facts
 
 

@@ -91,6 +91,10 @@ class MimiEncoder(Encoder):
             frames_NTKD = frames_NTKD.sum(2, keepdim=True)
         return EncoderOutput(zero_beyond(frames_NTKD, stored.lengths), stored.lengths)
 
+    def settings(self) -> dict[str, object]:
+        """See `Encoder.settings`; ``input`` changes only how stored codes are read."""
+        return {"sample_rate_hz": self.sample_rate_hz, "num_quantizers": self._num_quantizers}
+
     def _vectors(self, quantizer: Any, codes_NTQ: Tensor) -> Tensor:
         """``[N, T, Q, D]``; for latents ``[N, T, 1, D]``, summed before the projection, which is linear."""
         codebooks = [layer.codebook for layer in quantizer.layers[: codes_NTQ.shape[-1]]]

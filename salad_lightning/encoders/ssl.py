@@ -87,6 +87,10 @@ class SelfSupervisedEncoder(Encoder):
         frames_NTKD = torch.stack(output.hidden_states, dim=2)
         return Stored(zero_beyond(frames_NTKD, num_frames_N), num_frames_N)
 
+    def settings(self) -> dict[str, object]:
+        """See `Encoder.settings`."""
+        return super().settings() | {"normalize": self._normalize}
+
     def embed(self, stored: Stored) -> EncoderOutput:
         """The same frames."""
         return EncoderOutput(stored.data, stored.lengths)

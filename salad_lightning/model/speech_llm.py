@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
 from salad_lightning.errors import UserError
-from salad_lightning.interfaces import Connector, ConnectorOutput, Encoder, Objective
+from salad_lightning.interfaces import Connector, ConnectorOutput, Encoder, Objective, Stored
 from salad_lightning.model.llm import LanguageModel
 
 __all__ = ["SpeechLLM", "freeze", "predict_transcripts"]
@@ -76,7 +76,7 @@ class SpeechLLM(nn.Module):
         Each clip is encoded once; spans are slices of its frames, and the connector sees one span at a time.
         """
         with torch.no_grad():
-            frames_NTKD = self.encoder(batch.clips_NL, batch.clip_lengths_N).frames
+            frames_NTKD = self.encoder.embed(self._stored(batch)).frames
         offset_T = torch.arange(batch.max_span_frames, device=frames_NTKD.device)
         inside_KT = offset_T < batch.span_num_frames_K[:, None]
         index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)
@@ -84,6 +84,18 @@ class SpeechLLM(nn.Module):
         output = self.connector(self._mix(frames_KTKD), batch.span_num_frames_K, num_words_N=batch.span_num_words_K)
         assert isinstance(output, ConnectorOutput)
         return output
+
+    def _stored(self, batch: SpeechBatch) -> Stored:
+        """What the encoder's heavy half makes of every clip; pre-encoded clips come after the others."""
+        if batch.stored_NT is None or batch.stored_lengths_N is None:
+            return self.encoder.encode(batch.clips_NL, batch.clip_lengths_N)
+        before = Stored(batch.stored_NT, batch.stored_lengths_N)
+        if not batch.clips_NL.shape[0]:
+            return before
+        fresh = self.encoder.encode(batch.clips_NL, batch.clip_lengths_N)
+        num_frames = max(fresh.data.shape[1], before.data.shape[1])
+        data = [_extend(stored.data, num_frames) for stored in (fresh, before)]
+        return Stored(torch.cat([data[0], data[1].to(data[0].dtype)]), torch.cat([fresh.lengths, before.lengths]))
 
     def _mix(self, frames: Tensor) -> Tensor:
         """Weighted sum over the layer axis: ``[…, K, D]`` to ``[…, D]``."""
@@ -119,6 +131,8 @@ class SpeechLLM(nn.Module):
         fields = vars(batch) | {
             "clips_NL": batch.clips_NL.new_zeros(1, samples),
             "clip_lengths_N": one * samples,
+            "stored_NT": None,
+            "stored_lengths_N": None,
             "span_clip_K": one * 0,
             "span_first_frame_K": one * 0,
             "span_num_frames_K": one,
@@ -126,6 +140,12 @@ class SpeechLLM(nn.Module):
             "max_span_frames": 1,
         }
         return SpeechBatch(**fields)
+
+
+def _extend(data_NT: Tensor, num_frames: int) -> Tensor:
+    """Zero-pad axis 1."""
+    missing = num_frames - data_NT.shape[1]
+    return torch.cat([data_NT, data_NT.new_zeros(data_NT.shape[0], missing, *data_NT.shape[2:])], 1)
 
 
 def predict_transcripts(llm: LanguageModel, batch: SpeechBatch) -> Prediction:

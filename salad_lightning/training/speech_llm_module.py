@@ -124,6 +124,7 @@ class SpeechLLMModule(TokenLossModule):
             num_frames=encoder.output_lengths,
             frame_span=encoder.frame_span,
             num_positions=partial(_num_positions, connector, 2 if self._switch else 0),
+            encoder=encoder.identity(),
         )
 
     def parameter_rates(self) -> dict[str, tuple[float, list[tuple[str, nn.Parameter]]]]:
@@ -202,13 +203,15 @@ class SpeechLLMModule(TokenLossModule):
         self._rows = []
 
     def predict_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One row a document: its predicted tokens, and their log-probabilities from speech and from text."""
+        """One row a document: its predicted tokens, their log-probabilities from speech and from text, and the KL."""
         measured = self._measured(batch)
         columns = {
             "tokens": batch.labels_M,
             "speech_log_probs": measured.speech_log_prob_M,
             "text_log_probs": measured.text_log_prob_M,
             "base_log_probs": measured.base_log_prob_M,
+            "kl": measured.kl_M,
+            "after_speech": measured.after_speech_M,
         }
         owners, values = batch.predict_document_M.tolist(), {name: v.tolist() for name, v in columns.items()}
         rows: list[dict[str, Any]] = [

@@ -7,8 +7,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from salad_lightning.data.datamodule import SpeechDataModule
-from salad_lightning.data.documents import InterleaveDocuments, TemplateDocuments
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.sources import Source
+from salad_lightning.data.template import TemplateDocuments
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_choice_shards, save_speech_shards, save_text_shards
 

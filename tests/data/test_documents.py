@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from salad_lightning.data.documents import InterleaveDocuments, TemplateDocuments
 from salad_lightning.data.format import Utterance
+from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.template import TemplateDocuments
 from salad_lightning.data.tokens import bos_id, spoken_units, tokenize
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.errors import UserError

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from salad_lightning.data.documents import InterleaveDocuments, TemplateDocuments
 from salad_lightning.data.format import ShardWriter
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.sources import Source, check_sources, shard_paths
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import EvaluationStream, TrainingStream, _ShuffledReader
+from salad_lightning.data.template import TemplateDocuments
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_choice_shards, save_speech_shards, save_text_shards
 

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from salad_lightning.cli import main
 from salad_lightning.connectors.mlp import MLPConnector
-from salad_lightning.data.documents import InterleaveDocuments
 from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.packing import collate
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.model.parallel import FullyShardedStrategy

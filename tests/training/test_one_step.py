@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from salad_lightning.batch import SpeechBatch
 from salad_lightning.connectors.mlp import MLPConnector
-from salad_lightning.data.documents import InterleaveDocuments
 from salad_lightning.data.format import Utterance
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.packing import collate, pack
 from salad_lightning.data.segments import Document
 from salad_lightning.encoders.log_mel import LogMelEncoder

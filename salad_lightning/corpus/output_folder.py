@@ -1,0 +1,61 @@
+"""A folder of shards that a command writes: what may be replaced, and where files wait until all are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+from salad_lightning.errors import UserError
+
+__all__ = ["INDEX", "PARTIAL", "replaceable", "sha256_of"]
+
+INDEX = "index.json"
+"""Lists the shards; written last: without it a set of shards is incomplete."""
+
+PARTIAL = ".partial"
+"""Folder inside the output where files wait."""
+
+
+def replaceable(output: Path, overwrite: bool) -> list[Path]:
+    """Files of an earlier run that are to be replaced, index first.
+
+    Args:
+        output: May be missing.
+        overwrite: Whether the user allows it.
+
+    Raises:
+        UserError: If there are files and ``overwrite`` is False, or files that the index does not list.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError("not a folder", where=str(output), cure="choose another --output")
+    found = {path.name for path in output.iterdir()} - {PARTIAL} if output.exists() else set()
+    if not found:
+        return []
+    if not overwrite:
+        raise UserError(
+            "the folder is not empty", where=str(output), cure="choose another --output, or add --overwrite"
+        )
+    listed: list[str] = []
+    if INDEX in found:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            index = json.loads((output / INDEX).read_text(encoding="utf-8"))
+            listed = [*(shard["name"] for shard in index["shards"]), *index.get("files", [])]
+    foreign = sorted(found - {*listed, INDEX})
+    if foreign:
+        raise UserError(
+            f"the folder holds {foreign[0]}, which its {INDEX} does not list",
+            where=str(output),
+            cure="remove it yourself, or choose another --output",
+        )
+    return [output / INDEX, *(output / name for name in listed if name in found)]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""A prompt with a spoken part and an answer: for instruction data, multiple choice and generation."""
+
+from __future__ import annotations
+
+import math
+import string
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from salad_lightning.batch import DocumentInfo
+from salad_lightning.data.documents import Control, DocumentBuilder, bos_ids
+from salad_lightning.data.format import Utterance
+from salad_lightning.data.segments import Document, SpeechSpan
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.tokens import tokenize
+from salad_lightning.errors import UserError
+
+__all__ = ["TemplateDocuments"]
+
+
+class TemplateDocuments(DocumentBuilder):
+    r"""A prompt with a spoken part, and an answer that alone carries loss.
+
+    ``{speech}`` stands for the transcript: the student hears it, the teacher reads it; an utterance without audio is
+    read by both. ``{answer}`` is the JSON field ``answer``: a string, or an index into the field ``choices``. Any other
+    ``{name}`` is the JSON field of that name. A field ``speech_end_s`` cuts the audio there.
+
+    Args:
+        template: For example ``"Question: {speech}\nAnswer: {answer}"``. Without ``{answer}`` it is a prompt to
+            generate from.
+        all_choices: One document for each of ``choices`` (to score them) in place of the right one (to train on).
+        append_eos: Whether the answer ends with the end-of-sequence token, which is predicted too.
+        control: "muted" silences the audio, "shuffled" puts another utterance's audio in its place, "none" leaves it.
+
+    Raises:
+        UserError: If the template has a part twice or cannot be parsed.
+    """
+
+    def __init__(
+        self,
+        template: str = "{speech} {answer}",
+        all_choices: bool = False,
+        append_eos: bool = False,
+        control: Control = "none",
+    ) -> None:
+        super().__init__(append_eos, control)
+        self.template, self.all_choices = template, all_choices
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise UserError(f"{template!r} does not parse ({error})", where="template") from error
+        if names.count("speech") > 1 or names.count("answer") > 1 or "" in names:
+            raise UserError(
+                f"{template!r} must name its fields, with {{speech}} and {{answer}} at most once each", where="template"
+            )
+
+    def build(self, utterance: Utterance, spec: SequenceSpec, *, seed: int = 0, epoch: int = 0) -> list[Document]:
+        """See `DocumentBuilder.build`; nothing here is random.
+
+        Raises:
+            UserError: If a field is missing, ``answer`` fits no choice, or a document is longer than the context.
+        """
+        clip, num_frames, seconds = self._speech(utterance, spec)
+        return [
+            self._assemble(utterance, answer, choice, clip, num_frames, seconds, spec)
+            for choice, answer in self._answers(utterance)
+        ]
+
+    def _answers(self, utterance: Utterance) -> list[tuple[int | None, str]]:
+        if "{answer}" not in self.template:
+            return [(None, "")]
+        answer, choices = utterance.fields.get("answer"), utterance.fields.get("choices")
+        if choices is None and isinstance(answer, str):
+            return [(None, answer)]
+        if not isinstance(choices, list):
+            raise UserError(
+                "the JSON has no `answer` text, and no `choices` with the `answer`'s index",
+                where=utterance.where,
+                cure="add the field, or leave {answer} out of the template",
+            )
+        if isinstance(answer, str) and answer in choices:
+            answer = choices.index(answer)
+        if self.all_choices:
+            return [(index, str(choice)) for index, choice in enumerate(choices)]
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise UserError(
+                f"`answer` is {answer!r}, which is none of the {len(choices)} choices", where=utterance.where
+            )
+        return [(answer, str(choices[answer]))]
+
+    def _speech(self, utterance: Utterance, spec: SequenceSpec) -> tuple[NDArray[Any] | None, int, float]:
+        """What is heard, its encoder frames and its seconds."""
+        num_samples, rate = utterance.num_samples, spec.sample_rate_hz
+        if not num_samples or "{speech}" not in self.template:
+            return None, 0, 0.0
+        self._check_encoded(utterance, spec)
+        end_s = utterance.fields.get("speech_end_s", num_samples / rate)
+        if not isinstance(end_s, int | float) or end_s < 0:
+            raise UserError(f"`speech_end_s` is {end_s!r}, not seconds", where=utterance.where)
+        cut = end_s * rate < num_samples
+        if cut:
+            num_samples = max(math.ceil(end_s * rate), 1)
+        num_frames = spec.num_frames(num_samples)
+        if cut and spec.causal:
+            num_frames = min(num_frames, spec.frame_span(0.0, end_s)[1])
+        if num_frames < 1:
+            raise UserError(
+                f"{num_samples / rate:.3f} s of speech are shorter than one encoder frame", where=utterance.where
+            )
+        if utterance.encoded is None:
+            assert utterance.audio is not None
+            return self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate
+        if cut and not spec.causal:
+            raise UserError(
+                "the end cannot be cut off what this encoder made of the whole utterance: its frames hear what follows",
+                where=utterance.where,
+                cure="use shards of audio for this source",
+            )
+        return utterance.encoded.data[:num_frames], num_frames, num_samples / rate
+
+    def _assemble(
+        self,
+        utterance: Utterance,
+        answer: str,
+        choice: int | None,
+        clip: NDArray[Any] | None,
+        num_frames: int,
+        seconds: float,
+        spec: SequenceSpec,
+    ) -> Document:
+        text, ranges = self._render(utterance, answer)
+        tokens = tokenize(text, spec.tokenizer)
+        bos = bos_ids(spec)
+        eos = self._eos(spec) if "answer" in ranges else []
+        token_ids = np.concatenate([bos, tokens.ids, eos]).astype(np.int64)
+        predicted = np.zeros(len(token_ids), dtype=np.bool_)
+        if "answer" in ranges:
+            first, stop = np.searchsorted(tokens.last_char, ranges["answer"]) + len(bos)
+            predicted[first:stop] = True
+            predicted[len(token_ids) - len(eos) :] = True
+        spans, clips = [], []
+        if clip is not None:
+            first, stop = (int(edge) + len(bos) for edge in np.searchsorted(tokens.last_char, ranges["speech"]))
+            if stop > first:
+                words = max(len(utterance.text.split()), 1)
+                positions = spec.num_positions(num_frames, words)
+                spans.append(SpeechSpan(first, stop, 0, 0, num_frames, words, positions, seconds))
+                clips.append(clip)
+        if len(predicted):
+            predicted[0] = False  # nothing comes before it
+        for span in spans:
+            predicted[span.start : span.stop] = False
+        info = DocumentInfo(utterance.key, utterance.source, utterance.fields, choice)
+        document = Document(token_ids, predicted, info, spans, clips, utterance.encoded is not None)
+        longest = max(document.num_positions, document.num_tokens)
+        if longest > spec.context:
+            raise UserError(
+                f"the document fills {longest} positions, and `context` is {spec.context}",
+                where=utterance.where,
+                cure="raise `context`, or leave this sample out",
+            )
+        return document
+
+    def _render(self, utterance: Utterance, answer: str) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The whole text, and the character ranges of speech and answer in it."""
+        known: dict[str, Any] = {**utterance.fields, "text": utterance.text, "speech": utterance.text, "answer": answer}
+        text, ranges = "", {}
+        for literal, name, form, _ in string.Formatter().parse(self.template):
+            text += literal
+            if name is None:
+                continue
+            if name not in known:
+                raise UserError(
+                    f"the template asks for {{{name}}}, which the JSON does not have",
+                    where=utterance.where,
+                    cure="use one of " + ", ".join(sorted(known)),
+                )
+            value = format(known[name], form or "")
+            ranges[name] = (len(text), len(text) + len(value))
+            text += value
+        return text, ranges
