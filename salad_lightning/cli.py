@@ -46,7 +46,9 @@ COMMANDS = {
     "align": Command("find when each word of a transcript is spoken, by a CTC model", "salad_lightning.corpus.align"),
     "lint": Command("read shards through and report every problem", "salad_lightning.corpus.lint"),
     "encode": Command("run a recipe's frozen encoder once over shards", "salad_lightning.commands.encode"),
-    "select": Command("choose, by misalignment, which texts to speak", "salad_lightning.commands.select", lightning=True),
+    "select": Command(
+        "choose, by misalignment, which texts to speak", "salad_lightning.commands.select", lightning=True
+    ),
     "synthesize": Command("turn a manifest of texts into shards of speech", "salad_lightning.corpus.synthesize"),
     "plugins": Command(
         "list the installed encoders, connectors, objectives and synthesizers", "salad_lightning.commands.plugins"

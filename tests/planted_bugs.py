@@ -48,9 +48,9 @@ BUGS = [
     ),
     Bug(
         "KL reversed",
-        "projection.py",
-        'kl = F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)',
-        'kl = F.kl_div(target, log_probs, reduction="none", log_target=True).sum(-1)',
+        "objectives/forward_kl.py",
+        "LossTerms(kl=1.0, temperature=temperature)",
+        "LossTerms(reverse_kl=1.0, temperature=temperature)",
         (ONE_STEP,),
     ),
     Bug(

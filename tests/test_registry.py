@@ -34,7 +34,7 @@ def test_built_in_parts_all_load():
     loaded = registry.load_all()
     ours = [part for part in loaded.parts if part.package == "salad-lightning"]
     assert [part for part in ours if part.state != "ok"] == []
-    assert len({(part.kind, part.name) for part in ours}) == len(ours) == 13
+    assert len({(part.kind, part.name) for part in ours}) == len(ours) == 15
     for found in ours:
         assert found.cls.__name__ == found.name
         assert issubclass(found.cls, getattr(interfaces, found.kind.capitalize()))

@@ -1,4 +1,4 @@
-"""Reading what users list their corpora in: TSV, JSONL and parquet. Standard library until a parquet file comes."""
+"""Reading what users list their corpora in: TSV, CSV, JSONL and parquet. Standard library until parquet comes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salad_lightning.corpus.recordings import Recording
 from salad_lightning.errors import UserError
 
 __all__ = ["Row", "read_rows"]
@@ -17,30 +18,34 @@ _NUMBER_COLUMNS = ("seconds", "speech_end_s")
 
 
 class Row(NamedTuple):
-    """One line of a manifest.
+    """One line of a manifest, or one sample of another corpus.
 
     Attributes:
         where: File and line, for messages.
         values: Column name to value.
+        audio: Where the recording is; None for plain text and where it is missing.
+        problem: What makes the row unusable; empty where nothing does.
     """
 
     where: str
     values: dict[str, Any]
+    audio: Recording | None = None
+    problem: str = ""
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Rows of a ``.tsv`` (with a header), ``.jsonl`` or ``.parquet`` file, in order.
+    """Rows of a ``.tsv`` or ``.csv`` (with a header), ``.jsonl`` or ``.parquet`` file, in order.
 
-    In TSV, ``words`` and ``choices`` are JSON, ``seconds`` and ``speech_end_s`` numbers, ``answer`` an index where
-    there are ``choices``; everything else is text, and empty cells are left out.
+    In TSV and CSV, ``words`` and ``choices`` are JSON, ``seconds`` and ``speech_end_s`` numbers, ``answer`` an index
+    where there are ``choices``; everything else is text, and empty cells are left out.
 
     Raises:
         UserError: If the file is missing, of another kind, or a line does not parse.
     """
     path = Path(path)
-    readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
-        raise UserError("not a .tsv, .jsonl or .parquet file", where=str(path), cure="convert it or rename it")
+        raise UserError("not a .tsv, .csv, .jsonl or .parquet file", where=str(path), cure="convert it or rename it")
     if not path.is_file():
         raise UserError("the file does not exist", where=str(path), cure="check the path")
     return readers[path.suffix.lower()](path)
@@ -48,16 +53,29 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def _read_tsv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(lines, [])
+        yield from _read_cells(path, csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), "check the tabs")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from _read_cells(path, csv.reader(file, strict=True), "check commas and quotes")
+
+
+def _read_cells(path: Path, lines: Any, cure: str) -> Iterator[Row]:
+    try:
+        header: list[str] = next(lines, [])
         for cells in lines:
             where = f"{path}, line {lines.line_num}"
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UserError(f"{len(cells)} cells under {len(header)} columns", where=where, cure="check the tabs")
+                raise UserError(f"{len(cells)} cells under {len(header)} columns", where=where, cure=cure)
             values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
             yield Row(where, _typed(values, where))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the line does not parse ({error})", where=f"{path}, line {lines.line_num}", cure=cure
+        ) from error
 
 
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -76,7 +94,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # decoded by json, so that a bad byte is named with its line
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if not line.strip():

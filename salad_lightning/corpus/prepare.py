@@ -1,254 +1,328 @@
-"""``salad-lightning prepare``: a manifest of recordings, or plain text, to shards.
+"""``salad-lightning prepare``: recordings with transcripts, or plain text, to shards.
 
-The shards appear together, when all of them are complete; ``index.json`` comes last.
+Row ``i`` belongs to shard ``i // samples_per_shard`` whatever becomes of it, so workers make whole shards and a killed
+command goes on with those that are missing. The shards appear together, when all are complete; ``index.json`` is last.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import hashlib
+import itertools
 import json
-import os
-import shutil
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from salad_lightning.corpus.manifest import Row, read_rows
+from salad_lightning import __version__
+from salad_lightning.corpus.card import dataset_card
+from salad_lightning.corpus.manifest import Row
+from salad_lightning.corpus.output_folder import INDEX
+from salad_lightning.corpus.pool import map_in_order
+from salad_lightning.corpus.readers import READERS
+from salad_lightning.corpus.rules import BROKEN, Rules
+from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from salad_lightning.data.format import ShardWriter
 
 __all__ = ["add_arguments", "prepare", "run"]
 
-_INDEX = "index.json"
-_PARTIAL = ".partial"
+_REJECTED, _CARD = "rejected.jsonl", "README.md"
+# A budget of broken rows says little about fewer.
+_FEW_ROWS = 1000
+_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("input, one of").add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--manifest",
-        type=Path,
         metavar="FILE",
-        help="recordings: a .tsv (with a header) or .jsonl with `audio` (a path, relative to this file) and `text`; "
-        "optional `words` (JSON, [[word, start_s, end_s], …]), `key`; all other columns are kept",
+        help="recordings: a .tsv or .csv (with a header), .jsonl or .parquet with `audio` (a path, relative to this "
+        "file) and `text`; optional `words` (JSON, [[word, start_s, end_s], …]), `key`; all other columns are kept",
     )
-    what.add_argument("--text", type=Path, metavar="FILE", help="plain text: a .jsonl or .parquet with `text`")
+    what.add_argument("--text", metavar="PATH", help="plain text: .jsonl, .parquet or .tar files, a folder or a glob")
+    what.add_argument(
+        "--hf",
+        metavar="PATH",
+        help="one split of a Hugging Face dataset on disk, with an audio column; a folder or glob",
+    )
+    what.add_argument("--lhotse", metavar="FILE", help="lhotse cuts, .jsonl or .jsonl.gz; word alignments are kept")
+    what.add_argument("--librispeech", metavar="DIR", help="folders of *.trans.txt beside their recordings")
+    what.add_argument(
+        "--tars", metavar="PATH", help="WebDataset tars: audio with .txt or .json; a folder, glob, braces"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--source", metavar="NAME", help="name of the shards; the output folder's name by default")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="resample the audio (default: keep its rate)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="rows (default: 1000)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1); same result")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that an earlier run wrote")
+    sound = parser.add_argument_group("audio")
+    sound.add_argument("--sample-rate", type=int, metavar="HZ", help="resample (default: keep each recording's rate)")
+    sound.add_argument("--trim", action="store_true", help="cut silence off both ends, but for 0.1 s")
+    sound.add_argument("--loudness", type=float, metavar="DBFS", help="bring to this RMS level, e.g. -23")
+    rules = parser.add_argument_group("what is left out, each with its reason in rejected.jsonl (default: nothing)")
+    rules.add_argument("--min-seconds", type=float, metavar="S", help="shorter samples")
+    rules.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="longer samples; where there are word times they are cut in pauses instead",
+    )
+    rules.add_argument("--min-level", type=float, metavar="DBFS", help="quieter samples by RMS; -60 is silence")
+    rules.add_argument(
+        "--max-clipped", type=float, metavar="SHARE", help="more samples at full scale than this, 0 to 1"
+    )
+    rules.add_argument("--min-chars-per-second", type=float, metavar="N", help="slower: text is missing")
+    rules.add_argument("--max-chars-per-second", type=float, metavar="N", help="faster: audio is missing; 35 is a lot")
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="broken rows (no text, unreadable audio, …) that are left out before the command stops (default: 0.01)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Prepare what the options say, and print what came of it."""
+    kind = next(kind for kind in READERS if getattr(args, kind) is not None)
     index = prepare(
-        args.manifest or args.text,
+        getattr(args, kind),
         args.output,
-        audio=args.manifest is not None,
+        kind=kind,
         source=args.source,
         text_column=args.text_column,
         samples_per_shard=args.samples_per_shard,
         sample_rate_hz=args.sample_rate,
+        trim=args.trim,
+        level_dbfs=args.loudness,
+        rules=Rules(
+            args.min_seconds,
+            args.max_seconds,
+            args.min_level,
+            args.max_clipped,
+            args.min_chars_per_second,
+            args.max_chars_per_second,
+        ),
+        max_bad_fraction=args.max_bad_fraction,
+        workers=args.workers,
         overwrite=args.overwrite,
     )
-    hours = f", {index['seconds'] / 3600:.2f} h" if args.manifest else ""
+    hours = f", {index['seconds'] / 3600:.2f} h" if kind != "text" else ""
     print(f"{args.output}: {index['num_samples']} samples{hours} in {len(index['shards'])} shards")
+    for reason, count in index["rejected"].items():
+        print(f"  left out, {reason}: {count}")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that decides what is written."""
+
+    inputs: str
+    kind: str
+    source: str
+    text_column: str
+    samples_per_shard: int
+    sample_rate_hz: int | None
+    trim: bool
+    level_dbfs: float | None
+    rules: Rules
+
+    def settings(self) -> dict[str, Any]:
+        """Options for the dataset card, where they are not the default."""
+        options = {"trim": self.trim or None, "level_dbfs": self.level_dbfs, **asdict(self.rules)}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def prepare(
-    manifest: str | Path,
+    inputs: str | Path,
     output: str | Path,
     *,
-    audio: bool = True,
+    kind: str = "manifest",
     source: str | None = None,
     text_column: str = "text",
     samples_per_shard: int = 1000,
     sample_rate_hz: int | None = None,
+    trim: bool = False,
+    level_dbfs: float | None = None,
+    rules: Rules | None = None,
+    max_bad_fraction: float = 0.01,
+    workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write shards and their index; the same input gives the same bytes.
+    """Write shards, their index and a dataset card; the same input gives the same bytes, however often it is killed.
 
     Args:
-        manifest: ``.tsv``, ``.jsonl`` or ``.parquet``; see `add_arguments`.
+        inputs: Path of the corpus; see `add_arguments`.
         output: Folder for the shards; made if missing.
-        audio: Whether the rows name recordings, or are plain text.
+        kind: What the corpus is, one of `READERS`.
         source: Shards are called ``{source}-000000.tar``; the output folder's name by default.
         text_column: Column of the text.
-        samples_per_shard: Samples in every shard but the last.
+        samples_per_shard: Rows of every shard but the last.
         sample_rate_hz: Rate of the FLAC files; None keeps each recording's own.
-        overwrite: Replace the shards listed in the folder's index.
+        trim: Whether silence at both ends is cut off.
+        level_dbfs: Root mean square that audio is brought to; None leaves it.
+        rules: What is left out; nothing by default.
+        max_bad_fraction: Share of broken rows that are left out before this stops, 0 to 1.
+        workers: Processes.
+        overwrite: Replace the files listed in the folder's index.
 
     Returns:
-        The content of ``index.json``: counts, seconds and SHA-256 in all and by shard.
+        The content of ``index.json``: counts, seconds and SHA-256 in all and by shard, and what was left out.
 
     Raises:
-        UserError: If a row is unusable, or the folder holds anything that must not be replaced.
+        UserError: If the input cannot be read, too many rows are broken, no sample is left, the disk is full, or the
+            folder holds anything that must not be replaced.
     """
     output = Path(output)
     source = source or output.resolve().name
     if not source or any(char in source for char in "./\\{}*?[]"):
         raise UserError(f"{source!r} cannot begin a file name", where="--source", cure="use letters, digits, - and _")
-    if samples_per_shard < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
-        raise UserError("sizes and rates start at 1", where="--samples-per-shard, --sample-rate")
-    rows = read_rows(manifest)
-    old = _replaceable(output, overwrite)
-    base = Path(manifest).parent if audio else None
-    with _workspace(output) as partial:
-        shards = _write(rows, partial, base, source, text_column, samples_per_shard, sample_rate_hz)
-        if not shards:
-            raise UserError("there is no row", where=str(manifest), cure="list at least one sample")
-        index = {
-            "source": source,
-            "sample_rate_hz": sample_rate_hz,
-            "num_samples": sum(shard.num_samples for shard in shards),
-            "seconds": round(sum(shard.seconds for shard in shards), 3),
-            "shards": [shard.entry(partial) for shard in shards],
-        }
-        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for path in old:
-            path.unlink(missing_ok=True)
-        for shard in shards:
-            os.replace(partial / shard.name, output / shard.name)
-        os.replace(partial / _INDEX, output / _INDEX)
-    return index
+    if samples_per_shard < 1 or workers < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
+        raise UserError("sizes and rates start at 1", where="--samples-per-shard, --sample-rate, --workers")
+    request = _Request(
+        str(inputs), kind, source, text_column, samples_per_shard, sample_rate_hz, trim, level_dbfs, rules or Rules()
+    )
+    note = json.dumps(asdict(request), sort_keys=True)
+    rows = READERS[kind](request.inputs)
+    if finish_publication(output) == note:
+        index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
+        return index
+    with open_workspace(output, overwrite=overwrite) as space:
+        reports = _make_shards(space, request, rows, workers, max_bad_fraction)
+        return _publish(space, request, note, reports)
 
 
-@dataclass
-class _Shard:
-    name: str
-    num_samples: int = 0
-    seconds: float = 0.0
-
-    def entry(self, folder: Path) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        with (folder / self.name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        seconds = round(self.seconds, 3)
-        return {"name": self.name, "num_samples": self.num_samples, "seconds": seconds, "sha256": digest.hexdigest()}
-
-
-def _replaceable(output: Path, overwrite: bool) -> list[Path]:
-    """Files of an earlier run that are to be replaced, index first: without it a set of shards is incomplete."""
-    if output.exists() and not output.is_dir():
-        raise UserError("not a folder", where=str(output), cure="choose another --output")
-    found = {path.name for path in output.iterdir()} - {_PARTIAL} if output.exists() else set()
-    if not found:
-        return []
-    if not overwrite:
-        raise UserError(
-            "the folder is not empty", where=str(output), cure="choose another --output, or add --overwrite"
-        )
-    listed: list[str] = []
-    if _INDEX in found:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            listed = [shard["name"] for shard in json.loads((output / _INDEX).read_text(encoding="utf-8"))["shards"]]
-    foreign = sorted(found - {*listed, _INDEX})
-    if foreign:
-        raise UserError(
-            f"the folder holds {foreign[0]}, which its {_INDEX} does not list",
-            where=str(output),
-            cure="remove it yourself, or choose another --output",
-        )
-    return [output / _INDEX, *(output / name for name in listed if name in found)]
-
-
-@contextlib.contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """A folder inside the output where files wait until all are complete; gone afterwards, come what may."""
-    created = not output.exists()
-    partial = output / _PARTIAL
-    if partial.exists():  # an earlier run was killed
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if created and not any(output.iterdir()):
-            output.rmdir()
-
-
-def _write(
-    rows: Iterator[Row],
-    folder: Path,
-    base: Path | None,
-    source: str,
-    text_column: str,
-    samples_per_shard: int,
-    sample_rate_hz: int | None,
-) -> list[_Shard]:
-    # Here, not above: the format brings torch along, and `prepare --help` should answer at once.
+def _make_shards(
+    space: Workspace, request: _Request, rows: Iterator[Row], workers: int, max_bad_fraction: float
+) -> list[dict[str, Any]]:
+    """Reports of all shards, in order."""
+    # Here, not above: the maker brings torch along, and `prepare --help` should answer at once.
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from salad_lightning.data.format import ShardWriter
+    from salad_lightning.corpus.shard_maker import ShardJob
 
-    shards: list[_Shard] = []
-    with ShardWriter(folder, source, samples_per_shard) as writer:
-        for number, row in enumerate(tqdm(rows, desc="prepare", unit=" samples")):
-            if number % samples_per_shard == 0:
-                shards.append(_Shard(f"{source}-{len(shards):06d}.tar"))
-            shards[-1].seconds += _write_row(row, number, writer, base, text_column, sample_rate_hz)
-            shards[-1].num_samples += 1
-    return shards
-
-
-def _write_row(
-    row: Row, number: int, writer: ShardWriter, base: Path | None, text_column: str, sample_rate_hz: int | None
-) -> float:
-    """Append one row to the shards; returns the seconds of its audio."""
-    # As in `_write`.
-    from salad_lightning.data.format import TIME_SLACK_S, decode_audio, encode_flac, parse_words
-
-    record = dict(row.values)
-    text = record.pop(text_column, None)
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(
-            f"there is no text in column `{text_column}`",
-            where=row.where,
-            cure="fill it, drop the row, or name another column with --text-column",
+    jobs = (
+        ShardJob(
+            folder=space.folder,
+            name=f"{request.source}-{number:06d}.tar",
+            digest=_digest(request, batch),
+            rows=batch,
+            has_audio=request.kind != "text",
+            text_column=request.text_column,
+            sample_rate_hz=request.sample_rate_hz,
+            trim=request.trim,
+            level_dbfs=request.level_dbfs,
+            rules=request.rules,
         )
-    record["text"] = text
-    audio_path = record.pop("audio", None) if base is not None else None
-    key = _key(record.pop("key", None), audio_path, number)
-    content, seconds = None, 0.0
-    if base is not None:
-        if not isinstance(audio_path, str):
-            raise UserError("there is no `audio`", where=row.where, cure="plain text is prepared with --text")
-        try:
-            encoded = (base / audio_path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{base / audio_path} cannot be read ({error.strerror})", where=row.where, cure="check the path"
-            ) from error
-        audio, rate = decode_audio(encoded, sample_rate_hz, f"{row.where}: {audio_path}")
-        seconds = len(audio) / rate
-        words = parse_words(record.get("words"), row.where)
-        if words and words[-1].end_s > seconds + TIME_SLACK_S:
-            raise UserError(f"the last word ends at {words[-1].end_s} s, the audio at {seconds:.2f} s", where=row.where)
-        record.setdefault("seconds", round(seconds, 3))
-        content = encode_flac(audio, rate)
-    try:
-        writer.write(key, json.loads(json.dumps(record, default=str)), content)  # dates of parquet become text
-    except ValueError as error:
-        raise UserError(str(error), where=row.where, cure="give every row its own `key`") from error
-    return seconds
+        for number, batch in enumerate(_batches(_keyed(rows), request.samples_per_shard))
+    )
+    reports: list[dict[str, Any]] = []
+    num_rows, broken = 0, list[dict[str, Any]]()
+    with tqdm(desc="prepare", unit=" rows") as progress:
+        for report in map_in_order(functools.partial(_made, space), jobs, workers):
+            reports.append(report)
+            num_rows += report["num_rows"]
+            broken += [rejection for rejection in report["rejected"] if rejection["reason"] in BROKEN]
+            progress.update(report["num_rows"])
+            _check_budget(broken, max(num_rows, _FEW_ROWS), max_bad_fraction)
+    if not reports:
+        raise UserError("there is no row", where=request.inputs, cure="list at least one sample")
+    _check_budget(broken, num_rows, max_bad_fraction)
+    return reports
 
 
-def _key(key: Any, audio_path: Any, number: int) -> str:
-    """The ``key`` column, the audio's path, or the row's number, as WebDataset takes it."""
-    if key is None and isinstance(audio_path, str):
-        key = Path(audio_path).with_suffix("").as_posix()
-    name = "".join(char if char.isalnum() or char in "-_" else "_" for char in str(key or f"{number:09d}")).strip("_")
+def _made(space: Workspace, job: Any) -> dict[str, Any]:
+    """A shard's report; runs in a worker."""
+    from salad_lightning.corpus.shard_maker import make_shard  # as above
+
+    return space.finished(job.name, job.digest) or make_shard(job)
+
+
+def _keyed(rows: Iterator[Row]) -> Iterator[tuple[str, Row]]:
+    """Rows with their keys; a row whose key was used before becomes a broken one."""
+    seen: set[int] = set()
+    for number, row in enumerate(rows):
+        values = dict(row.values)
+        key = _key(values.pop("key", None), number)
+        mark = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        problem = row.problem or (
+            f"keys must be new, got {key!r}; give every row its own `key`" if mark in seen else ""
+        )
+        seen.add(mark)
+        yield key, Row(row.where, values, row.audio, problem)
+
+
+def _key(key: Any, number: int) -> str:
+    """The row's key or its number, as WebDataset takes it."""
+    name = f"{number:09d}" if key in (None, "") else str(key)
+    name = "".join(char if char.isalnum() or char in "-_" else "_" for char in name).strip("_") or f"{number:09d}"
     if len(name.encode()) <= 80:
         return name
     # Tar headers hold 100 bytes of name.
     return f"{name.encode()[:60].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _batches(rows: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[str, Row]]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def _digest(request: _Request, batch: list[tuple[str, Row]]) -> str:
+    rows = [[key, row.where, row.values, repr(row.audio), row.problem] for key, row in batch]
+    content = json.dumps([__version__, asdict(request), rows], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_budget(broken: list[dict[str, Any]], num_rows: int, max_bad_fraction: float) -> None:
+    if len(broken) <= max_bad_fraction * num_rows:
+        return
+    shown = [f"{row['where']}: {row['detail']}" + (f" ({row['cure']})" if row["cure"] else "") for row in broken]
+    more = [f"… and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
+    raise UserError(
+        "\n  ".join([f"{len(broken)} broken rows, more than --max-bad-fraction {max_bad_fraction:g} allows:"])
+        + "\n  "
+        + "\n  ".join([*shown[:_SHOWN], *more]),
+        cure="put them right, or raise --max-bad-fraction to leave them out",
+    )
+
+
+def _publish(space: Workspace, request: _Request, note: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    rejected = [rejection for report in reports for rejection in report["rejected"]]
+    reasons = dict(sorted(Counter(rejection["reason"] for rejection in rejected).items()))
+    kept = [report for report in reports if report["num_samples"]]
+    if not kept:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        raise UserError(f"no row is left ({counts})", where=request.inputs, cure="relax the rules")
+    # Numbered anew: shards whose rows were all left out make no gaps.
+    names = {report["name"]: f"{request.source}-{number:06d}.tar" for number, report in enumerate(kept)}
+    columns = ("num_samples", "seconds", "sha256")
+    index = {
+        "source": request.source,
+        "sample_rate_hz": request.sample_rate_hz,
+        "num_rows": sum(report["num_rows"] for report in reports),
+        "num_samples": sum(report["num_samples"] for report in kept),
+        "seconds": round(sum(report["seconds"] for report in kept), 3),
+        "rejected": reasons,
+        "shards": [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept],
+        "files": [_CARD, *([_REJECTED] if rejected else [])],
+    }
+    facts: dict[str, Any] = {name: dict(_total(report[name] for report in kept)) for name in ("fields", "languages")}
+    facts["speakers"] = len({speaker for report in kept for speaker in report["speakers"]})
+    texts = {INDEX: json.dumps(index, indent=2) + "\n", _CARD: dataset_card(index, request.settings(), facts)}
+    if rejected:
+        texts[_REJECTED] = "".join(json.dumps(rejection, ensure_ascii=False) + "\n" for rejection in rejected)
+    space.publish(note, names, texts)
+    return index
+
+
+def _total(counts: Iterator[dict[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total

@@ -47,6 +47,7 @@ __all__ = [
     "encode_flac",
     "parse_words",
     "read_shard",
+    "resample",
 ]
 
 AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
@@ -214,8 +215,13 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
     mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
-    resampled = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(mono)))
-    return np.ascontiguousarray(resampled.numpy()), sample_rate_hz
+    return resample(mono, rate, sample_rate_hz), sample_rate_hz
+
+
+def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
+    """Audio ``[L]`` at another rate, ``[L']`` (sinc interpolation of torchaudio)."""
+    resampled = _resampler(from_hz, to_hz)(torch.from_numpy(np.ascontiguousarray(audio)))
+    return np.ascontiguousarray(resampled.numpy())
 
 
 def parse_words(words: Any, where: str) -> list[TimedWord] | None:

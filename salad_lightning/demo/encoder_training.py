@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from salad_lightning.demo.speech import draw_voice, resample
+from salad_lightning.data.format import resample
+from salad_lightning.demo.speech import SAMPLE_RATE_HZ, draw_voice
 from salad_lightning.encoders.causal_conv import CausalConvEncoder
 from salad_lightning.synthesizers.espeak import EspeakSynthesizer, TimedPhoneme
 
@@ -56,7 +57,7 @@ def pseudo_word_speech(num_clips: int, *, seed: int) -> list[_Clip]:
         synthesizer = EspeakSynthesizer(setting.voice, setting.rate_wpm, setting.pitch)
         text = " ".join(_pseudo_word(rng) for _ in range(rng.randint(10, 14)))
         speech, phonemes = synthesizer.speak_with_phonemes(text)
-        clips.append(_Clip(resample(speech.audio, synthesizer.sample_rate_hz), phonemes))
+        clips.append(_Clip(resample(speech.audio, synthesizer.sample_rate_hz, SAMPLE_RATE_HZ), phonemes))
     return clips
 
 
@@ -64,8 +65,8 @@ def train_encoder(
     folder: str | Path,
     *,
     seed: int = 0,
-    num_clips: int = 1200,
-    steps: int = 700,
+    num_clips: int = 2400,
+    steps: int = 1400,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     max_seconds: float | None = None,

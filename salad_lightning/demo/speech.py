@@ -10,17 +10,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import soundfile
 import torch
-import torchaudio
-from numpy.typing import NDArray
 
+from salad_lightning.data.format import resample
 from salad_lightning.demo.world import Question, World
 from salad_lightning.interfaces import TimedWord
 from salad_lightning.synthesizers.espeak import EspeakSynthesizer
 
-__all__ = ["SAMPLE_RATE_HZ", "Utterance", "VoiceSetting", "natural_speech", "resample", "speak_all", "spoken_questions"]
+__all__ = ["SAMPLE_RATE_HZ", "Utterance", "VoiceSetting", "natural_speech", "speak_all", "spoken_questions"]
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -190,12 +188,6 @@ def speak_all(utterances: Sequence[Utterance], folder: str | Path, *, workers: i
     return seconds
 
 
-def resample(audio: NDArray[np.float32], rate_hz: int) -> NDArray[np.float32]:
-    """``[L]`` at ``rate_hz`` to ``[L']`` at ``SAMPLE_RATE_HZ``."""
-    resampled = torchaudio.functional.resample(torch.from_numpy(audio), rate_hz, SAMPLE_RATE_HZ)
-    return np.asarray(resampled.numpy(), dtype=np.float32)
-
-
 def _map(chunks: list[tuple[list[Utterance], Path]], workers: int) -> Iterator[list[tuple[dict[str, Any], float]]]:
     if workers <= 1:
         yield from map(_speak_chunk, chunks)
@@ -211,7 +203,7 @@ def _speak_chunk(chunk: tuple[list[Utterance], Path]) -> list[tuple[dict[str, An
         setting = utterance.voice
         synthesizer = EspeakSynthesizer(setting.voice, setting.rate_wpm, setting.pitch)
         speech = synthesizer.speak(utterance.text)
-        audio = resample(speech.audio, synthesizer.sample_rate_hz)
+        audio = resample(speech.audio, synthesizer.sample_rate_hz, SAMPLE_RATE_HZ)
         name = f"{utterance.key}.flac"
         soundfile.write(folder / name, audio, SAMPLE_RATE_HZ, compression_level=0.0)
         duration_s = len(audio) / SAMPLE_RATE_HZ

@@ -219,7 +219,8 @@ def _facts(domain: Domain, position: int, relation: str, answers: Sequence[str],
     different values, which are the choices of all their questions: whoever hears nothing is right once in four.
     """
     values = {rank: rng.choice(answers) for rank in range(_NUM_ENTITIES)}
-    splits, choices = {}, {}
+    splits: dict[int, str] = {}
+    choices: dict[int, tuple[str, ...]] = {}
     for group in range(_NUM_GROUPS):
         asked = {group: "test", _NUM_GROUPS + group % 2: "val"}.get(position)
         members = range(group, _NUM_ENTITIES, _NUM_GROUPS)

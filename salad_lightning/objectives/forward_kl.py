@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from salad_lightning.batch import ObjectiveOutput, Prediction
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Objective
-from salad_lightning.projection import token_losses
+from salad_lightning.projection import LossTerms, projected_loss
 
 __all__ = ["ForwardKLObjective"]
 
@@ -34,7 +33,7 @@ class ForwardKLObjective(Objective):
             raise UserError(
                 f"temperature must be positive, not {temperature}", where="ForwardKLObjective", cure="use 1.0"
             )
-        self.temperature = temperature
+        self.terms = LossTerms(kl=1.0, temperature=temperature)
 
     def forward(self, student: Prediction, teacher: Prediction | None, labels_M: Tensor) -> ObjectiveOutput:
         """Summed KL in nats.
@@ -42,8 +41,4 @@ class ForwardKLObjective(Objective):
         Raises:
             ValueError: If there is no teacher, or M differs.
         """
-        losses = token_losses(student, labels_M, teacher, temperature=self.temperature)
-        if losses.kl is None:
-            raise ValueError("ForwardKLObjective needs the teacher's prediction.")
-        count = torch.full((), labels_M.shape[0], device=labels_M.device)
-        return ObjectiveOutput(losses.kl.sum(), count, losses.sums())
+        return projected_loss(student, labels_M, teacher, self.terms)

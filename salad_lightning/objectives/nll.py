@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from salad_lightning.batch import ObjectiveOutput, Prediction
 from salad_lightning.interfaces import Objective
-from salad_lightning.projection import token_losses
+from salad_lightning.projection import LossTerms, projected_loss
 
 __all__ = ["NLLObjective"]
 
@@ -22,6 +21,4 @@ class NLLObjective(Objective):
 
     def forward(self, student: Prediction, teacher: Prediction | None, labels_M: Tensor) -> ObjectiveOutput:
         """Summed NLL in nats."""
-        losses = token_losses(student, labels_M, teacher)
-        count = torch.full((), labels_M.shape[0], device=labels_M.device)
-        return ObjectiveOutput(losses.nll.sum(), count, losses.sums())
+        return projected_loss(student, labels_M, teacher, LossTerms(nll=1.0))

@@ -48,7 +48,7 @@ def _samples(output, rate=16_000):
 def test_recordings_become_shards(corpus, tmp_path, kind):
     index = prepare(corpus / f"m.{kind}", tmp_path / "digits", samples_per_shard=2)
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [
-        "digits-000000.tar", "digits-000001.tar", "digits-000002.tar", "index.json"]  # fmt: skip
+        "README.md", "digits-000000.tar", "digits-000001.tar", "digits-000002.tar", "index.json"]  # fmt: skip
     assert index == json.loads((tmp_path / "digits" / "index.json").read_text())
     samples = _samples(tmp_path / "digits", 8000)
     assert [sample.text for sample in samples] == TEXTS
@@ -82,7 +82,7 @@ def test_plain_text_becomes_shards_without_audio(tmp_path, kind):
         path.write_text("".join(json.dumps({"body": text, "url": "u"}) + "\n\n" for text in TEXTS))
     else:
         pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "url": ["u"] * 5}), path)
-    index = prepare(path, tmp_path / "out", audio=False, source="web", text_column="body", samples_per_shard=3)
+    index = prepare(path, tmp_path / "out", kind="text", source="web", text_column="body", samples_per_shard=3)
     samples = _samples(tmp_path / "out")
     assert [sample.text for sample in samples] == TEXTS
     assert all(sample.audio is None and sample.fields == {"url": "u"} for sample in samples)
@@ -95,7 +95,7 @@ def test_overwrite_replaces_only_what_an_earlier_run_wrote(corpus, tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         prepare(corpus / "m.tsv", output)
     prepare(corpus / "m.tsv", output, overwrite=True)
-    assert sorted(path.name for path in output.iterdir()) == ["index.json", "x-000000.tar"]
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "index.json", "x-000000.tar"]
     (output / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match=r"mine\.txt"):
         prepare(corpus / "m.tsv", output, overwrite=True)
@@ -138,7 +138,8 @@ def test_a_failed_overwrite_keeps_the_earlier_shards(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "a", "not a .tsv"),
+        ("x.doc", "a", "not a .tsv"),
+        ("x.csv", 'audio,text\n"a"b,c\n', "line 2.*does not parse"),
         ("none.tsv", None, "does not exist"),
         ("x.tsv", "audio\ttext\nonly one\n", "line 2.*1 cells under 2"),
         ("x.tsv", "audio\ttext\twords\na\tb\t[\n", "line 2.*`words` does not parse"),
@@ -151,7 +152,7 @@ def test_unreadable_manifests_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        prepare(tmp_path / name, tmp_path / "out", audio=name.endswith("tsv"))
+        prepare(tmp_path / name, tmp_path / "out", kind="manifest" if name.endswith("sv") else "text")
     assert not (tmp_path / "out").exists()
 
 

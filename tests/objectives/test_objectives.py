@@ -6,8 +6,10 @@ import torch
 from salad_lightning.batch import Head, Prediction
 from salad_lightning.errors import UserError
 from salad_lightning.objectives.forward_kl import ForwardKLObjective
+from salad_lightning.objectives.jsd import JSDObjective
 from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.objectives.nll import NLLObjective
+from salad_lightning.objectives.reverse_kl import ReverseKLObjective
 from salad_lightning.testing.contracts.objective import ObjectiveContract
 
 
@@ -46,6 +48,39 @@ class TestSoftenedForwardKLObjective(ObjectiveContract):
 
     def reference(self, student_logits, teacher_logits, labels):
         return slow_kl(student_logits, teacher_logits, temperature=2.0)
+
+
+def slow_jsd(student_logits, teacher_logits, beta):
+    total = 0
+    for student, teacher in zip(student_logits, teacher_logits, strict=True):
+        p, q = teacher.exp() / teacher.exp().sum(), student.exp() / student.exp().sum()
+        middle = beta * p + (1 - beta) * q
+        total = total + beta * (p * (p / middle).log()).sum() + (1 - beta) * (q * (q / middle).log()).sum()
+    return total
+
+
+class TestReverseKLObjective(ObjectiveContract):
+    def make_objective(self):
+        return ReverseKLObjective(temperature=2.0)
+
+    def reference(self, student_logits, teacher_logits, labels):
+        return slow_kl(teacher_logits, student_logits, temperature=2.0)
+
+
+class TestJSDObjective(ObjectiveContract):
+    def make_objective(self):
+        return JSDObjective(beta=0.3)
+
+    def reference(self, student_logits, teacher_logits, labels):
+        return slow_jsd(student_logits, teacher_logits, beta=0.3)
+
+
+class TestSoftenedJSDObjective(ObjectiveContract):
+    def make_objective(self):
+        return JSDObjective(temperature=2.0)
+
+    def reference(self, student_logits, teacher_logits, labels):
+        return 4 * slow_jsd(student_logits / 2, teacher_logits / 2, beta=0.5)
 
 
 class TestMixtureObjective(ObjectiveContract):
@@ -90,6 +125,28 @@ def test_a_teacher_that_is_not_needed_is_logged_without_gradient(objective):
     assert torch.equal(first, second)
 
 
+def test_the_mixture_projects_the_student_once(monkeypatch):
+    student, teacher, labels = case()
+    widths, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, *rest: widths.append(x.shape[1]) or linear(x, *rest)
+    )  # fmt: skip
+    MixtureObjective(alpha=0.3)(student, teacher, labels).sum.backward()
+    assert widths == [4, 3], "one product for the student, one for the teacher"
+
+
+@pytest.mark.parametrize(
+    ("beta", "weight", "limit"), [(1e-6, 1e-6, ForwardKLObjective), (1 - 1e-6, 1e-6, ReverseKLObjective)]
+)
+def test_jsd_tends_to_both_directions(beta, weight, limit):
+    student, teacher, labels = case()
+    student, teacher = (
+        Prediction(side.hidden.double(), Head(side.head.weight.double())) for side in (student, teacher)
+    )  # fmt: skip
+    divergence = JSDObjective(beta=beta)(student, teacher, labels).sum / weight
+    torch.testing.assert_close(divergence, limit()(student, teacher, labels).sum, rtol=1e-3, atol=0)
+
+
 def test_parts_spell_the_sum():
     output = MixtureObjective(alpha=0.3)(*case())
     torch.testing.assert_close(output.sum.detach(), 0.3 * output.parts["kl"] + 0.7 * output.parts["nll"])
@@ -101,7 +158,13 @@ def test_alpha_outside_its_range_is_refused(alpha):
         MixtureObjective(alpha=alpha)
 
 
-@pytest.mark.parametrize("kind", [ForwardKLObjective, MixtureObjective])
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, float("nan")])
+def test_beta_outside_its_range_is_refused(beta):
+    with pytest.raises(UserError, match=r"JSDObjective: beta"):
+        JSDObjective(beta=beta)
+
+
+@pytest.mark.parametrize("kind", [ForwardKLObjective, ReverseKLObjective, JSDObjective, MixtureObjective])
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_temperature_that_is_not_positive_is_refused(kind, temperature):
     with pytest.raises(UserError, match=r"temperature must be positive"):

@@ -1,0 +1,158 @@
+"""A folder of shards in the making: finished ones wait aside, survive a kill, and appear when all are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from salad_lightning.corpus.output_folder import INDEX, PARTIAL, replaceable, sha256_of
+from salad_lightning.errors import UserError
+
+__all__ = ["Workspace", "finish_publication", "open_workspace", "write_aside"]
+
+_PUBLISH = "publish.json"
+_WORTH_KEEPING = 1000
+
+
+class Workspace:
+    """What `open_workspace` gives.
+
+    Attributes:
+        output: The folder that is being made.
+        folder: Where finished shards wait, each with a report, ``{name}.json``.
+    """
+
+    def __init__(self, output: Path, replaced: list[str]) -> None:
+        self.output, self.folder = output, output / PARTIAL
+        self._replaced = replaced
+
+    def finished(self, name: str, digest: str) -> dict[str, Any] | None:
+        """The report of a shard that an earlier run finished from the same input, its file checked; None otherwise."""
+        try:
+            report: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            if report["digest"] == digest and (
+                not report["sha256"] or report["sha256"] == sha256_of(self.folder / name)
+            ):
+                return report
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def publish(self, request: str, shards: dict[str, str], texts: dict[str, str]) -> None:
+        """Put everything in its place, the index last; `finish_publication` goes on after a kill.
+
+        Args:
+            request: What was asked for.
+            shards: Names here to names in the output.
+            texts: File name to content, the index among them.
+        """
+        for name, text in texts.items():
+            write_aside(self.folder / name, text)
+        moves = shards | {name: name for name in texts if name != INDEX} | {INDEX: INDEX}
+        remove = [name for name in self._replaced if name not in moves.values()]
+        write_aside(self.folder / _PUBLISH, json.dumps({"request": request, "moves": moves, "remove": remove}))
+        _publish(self.output)
+
+
+def finish_publication(output: Path) -> str | None:
+    """Move what a command that was killed while it moved files had left, and return its request; None otherwise."""
+    partial = output / PARTIAL
+    if not (partial / _PUBLISH).is_file():
+        return None
+    with _locked(partial):
+        request = json.loads((partial / _PUBLISH).read_text(encoding="utf-8"))["request"]
+        _publish(output)
+    return str(request)
+
+
+@contextlib.contextmanager
+def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
+    """A workspace in ``output``, for one command at a time.
+
+    After a kill, Ctrl-C or a full disk its finished shards are kept for the next run. After a `UserError` they are
+    kept where they hold a thousand rows or more, and otherwise nothing is left.
+
+    Args:
+        output: Made where missing.
+        overwrite: Whether what an earlier run published there may be replaced.
+
+    Raises:
+        UserError: If the folder holds anything that must not be replaced, another command is at work in it, or the disk
+            is full.
+    """
+    partial = output / PARTIAL
+    replaced = [path.name for path in replaceable(output, overwrite) if path.name != INDEX]
+    created = not output.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        for path in partial.iterdir():
+            if path.is_dir():  # unfinished
+                shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield Workspace(output, replaced)
+        except UserError:
+            if _finished_rows(partial) < _WORTH_KEEPING:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except OSError as error:
+            if error.filename is not None and not str(error.filename).startswith(str(output)):
+                raise  # an input
+            raise UserError(
+                f"the shards cannot be written ({error.strerror})",
+                where=str(output),
+                cure="make room, then type the same command again: finished shards are kept",
+            ) from error
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            if created and output.exists() and not any(output.iterdir()):
+                output.rmdir()
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file under its final name only when it is complete."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _publish(output: Path) -> None:
+    partial = output / PARTIAL
+    plan = json.loads((partial / _PUBLISH).read_text(encoding="utf-8"))
+    if (partial / INDEX).exists():  # otherwise everything was moved already
+        (output / INDEX).unlink(missing_ok=True)  # without it a set of shards is known to be incomplete
+        for name in plan["remove"]:
+            (output / name).unlink(missing_ok=True)
+        for name, final in plan["moves"].items():
+            if (partial / name).exists():
+                os.replace(partial / name, output / final)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _finished_rows(partial: Path) -> int:
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in partial.glob("*.tar.json")]
+    return sum(report.get("num_rows", 0) for report in reports)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl  # not on Windows, where two commands in one folder are not told apart
+    except ImportError:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                "another command is writing here",
+                where=str(folder.parent),
+                cure="wait for it, or choose another --output",
+            ) from error
+        yield

@@ -1,0 +1,122 @@
+"""The Stage-I model from its checkpoint alone, and its distillation loss on every probe text."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import instantiate_module
+
+from salad_lightning.data.datamodule import SpeechDataModule
+from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.sources import Source
+from salad_lightning.errors import UserError
+from salad_lightning.registry import load_all
+from salad_lightning.selection.settings import ScoreSettings
+from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.speech_llm_module import SpeechLLMModule
+
+__all__ = ["TextLoss", "check_not_decayed", "distillation_losses", "load_stage1"]
+
+
+class TextLoss(NamedTuple):
+    """Distillation loss of one text.
+
+    Attributes:
+        kl_sum: KL(Q(·|w) ‖ P(·|c)) in nats, summed over the predicted tokens after some speech.
+        num_tokens: How many these are.
+    """
+
+    kl_sum: float
+    num_tokens: int
+
+
+def load_stage1(path: str, *, allow_decayed: bool = False) -> SpeechLLMModule:
+    """The module that wrote a checkpoint, as its saved hyperparameters say; weights come with `Trainer.predict`.
+
+    Args:
+        path: Of the checkpoint.
+        allow_decayed: Take one whose learning rate has decayed.
+
+    Raises:
+        UserError: If it is no checkpoint of a speech LLM, or has decayed.
+    """
+    checkpoint = load_checkpoint(path, weights_only=True)
+    if not allow_decayed:
+        check_not_decayed(checkpoint, path)
+    settings = dict(checkpoint.get("hyper_parameters", {}))
+    if "encoder" not in settings or "objective" not in settings:
+        cure = "give score.checkpoint the pre_decay.ckpt of a Stage-I run"
+        raise UserError("not a checkpoint of a speech LLM", where=path, cure=cure)
+    settings.pop("_instantiator", None)
+    settings["init_from"] = None  # what it began from matters no more
+    load_all()  # its parts may be plugins
+    module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
+    return module
+
+
+def check_not_decayed(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Stage II goes on from the weights as they were before the learning rate fell (arXiv 2510.13632, section 4).
+
+    Args:
+        checkpoint: With the state of its optimizers.
+        where: Its path, for the message.
+
+    Raises:
+        UserError: If a rate is below its peak after the warm-up.
+    """
+    settings = checkpoint.get("hyper_parameters", {}).get("schedule") or {}
+    if checkpoint.get("global_step", 0) < int(settings.get("warmup_steps", 500)):
+        return
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for group in optimizer["param_groups"]:
+            if group["lr"] < 0.999 * group.get("initial_lr", group["lr"]):
+                raise UserError(
+                    f"the learning rate has decayed to {group['lr']:.2g} of {group['initial_lr']:.2g}",
+                    where=where,
+                    cure="use the run's pre_decay.ckpt, or set score.allow_decayed: true",
+                )
+
+
+def distillation_losses(settings: ScoreSettings, shards: Path, folder: Path) -> dict[str, TextLoss]:
+    """Loss of every text that was spoken, by key.
+
+    Tokens before the first speech of a document are left out: there the loss is forgetting, not misalignment.
+
+    Args:
+        settings: Checkpoint, spans, device.
+        shards: Folder of the probes.
+        folder: An existing folder for ``predictions.jsonl``.
+    """
+    module = load_stage1(settings.checkpoint, allow_decayed=settings.allow_decayed)
+    documents = InterleaveDocuments(text_words=settings.text_words, speech_words=settings.speech_words)
+    data = SpeechDataModule(
+        test=[Source(str(shards), documents, name="probe")],
+        eval_rows_per_batch=settings.rows_per_batch,
+        seed=settings.seed,
+    )
+    trainer = Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,  # type: ignore[arg-type]  # checked by the Trainer
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    # Lightning misses the callbacks of training, which have nothing to do here.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    trainer.predict(module, data, return_predictions=False, ckpt_path=settings.checkpoint, weights_only=True)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            heard = [kl for kl, after in zip(row["kl"], row["after_speech"], strict=True) if after]
+            total = sums[row["key"]]
+            total[0] += sum(heard)
+            total[1] += len(heard)
+    return {key: TextLoss(total, int(count)) for key, (total, count) in sums.items()}

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_small_run_measures_compares_and_says_what_it_skips(tmp_path):
+    report = tmp_path / "report.json"
+    sizes = ["--tokens", "256", "--vocab", "4000", "--dim", "32", "--heads", "trained", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks.projection", *sizes, "--device", "cpu", "--json", str(report)]
+    command += ["--contenders", "ours", "plain", "liger"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    ours, plain, liger = json.loads(report.read_text())["rows"]
+    assert ours["seconds"] > 0
+    assert plain["gibibytes_above_inputs"] > 256 * 4000 * 4 / 2**30
+    assert max(plain["gradients_differ"].values()) < 1e-5
+    assert liger.get("skipped") == "liger_kernel is not installed" or liger["seconds"] > 0
+    assert "| trained | 256 | ours |" in done.stdout
