@@ -25,6 +25,8 @@ BASES = {
     "stage1.yaml": [],
     "scale/mini.yaml": ["stage1.yaml"],
     "scale/warmup.yaml": ["stage1.yaml", "scale/mini.yaml"],
+    "stage2.yaml": [],
+    "scale/mini_stage2.yaml": ["stage2.yaml", "scale/mini.yaml"],
     "text_lm.yaml": [],
 }
 # Sizes alone (and a context of 128): a connector as wide as the paper's takes minutes a step here.
@@ -59,12 +61,15 @@ def shrunken(world, model, data, trainer, folder):
         encoder = {"MimiEncoder": save_tiny_mimi, "CausalConvEncoder": save_tiny_causal_conv}[kind](folder / kind)
         small["encoder"] = {"class_path": kind, "init_args": {"path": encoder}}
         small["connector"] = {"class_path": model["connector"]["class_path"], "init_args": SMALL_CONNECTOR}
+    if "init_from" in model:  # Stage II starts from the weights of a Stage I of the same parts
+        small["init_from"] = stage1(world, {**small}, folder / "before")
     if "export_to" in model:
         small["export_to"] = str(folder / "exported")
     sources = {}
     for part in ("train", "val", "test"):
         for source in data.get(part, []):
-            plain = "text" in Path(source["shards"]).name or "corpus" in source["shards"]
+            name = str(source["shards"])
+            plain = "text" in Path(name).name or "corpus" in name
             shards = "text" if plain else "choice" if part == "test" or "{answer}" in str(source) else "speech"
             sources.setdefault(part, []).append({**source, "shards": str(world.folder / shards)})
     return {
@@ -81,6 +86,19 @@ def shrunken(world, model, data, trainer, folder):
             "default_root_dir": str(folder / "out"),
         },
     }  # fmt: skip
+
+
+def stage1(world, small, folder):
+    """The pre-decay checkpoint of two steps on the tiny world with these parts."""
+    overlay = world.folder / "before.yaml"
+    # The tiny world's own connector stacks frames, and overlays keep what a class has in common with the one before.
+    connector = {**small["connector"], "init_args": {**small["connector"]["init_args"], "stack": 1}}
+    small = {**small, "connector": connector, "schedule": {"warmup_steps": 0, "decay_fraction": 0.5}}
+    callbacks = [{"class_path": "PreDecayCheckpoint"}]
+    trainer = {"max_steps": 2, "default_root_dir": str(folder), "callbacks": callbacks}
+    overlay.write_text(yaml.safe_dump({"model": {"init_args": small}, "trainer": trainer}))
+    assert main(["fit", "--config", str(world.config), "--config", str(overlay)]) == 0
+    return str(folder / "checkpoints" / "pre_decay.ckpt")
 
 
 @pytest.mark.parametrize("recipe", FOUND)
@@ -116,6 +134,16 @@ QWEN_3B = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
+
+
+def test_stage2_is_the_model_of_stage1():
+    """Said twice, so that one file is a whole recipe; kept equal here."""
+    first, second = (
+        yaml.safe_load((RECIPES / name).read_text())["model"]["init_args"] for name in ("stage1.yaml", "stage2.yaml")
+    )
+    differs = {"schedule", "init_from", "require_pre_decay"}
+    assert {k: v for k, v in first.items() if k not in differs} == {k: v for k, v in second.items() if k not in differs}
+    assert second["schedule"] == {"warmup_steps": 0, "decay_fraction": 1.0}
 
 
 def test_stage1_at_the_papers_sizes(tmp_path):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import instantiate_module
@@ -19,9 +18,10 @@ from salad_lightning.errors import UserError
 from salad_lightning.registry import load_all
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.handover import check_not_decayed
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
-__all__ = ["TextLoss", "check_not_decayed", "distillation_losses", "load_stage1"]
+__all__ = ["TextLoss", "distillation_losses", "load_stage1"]
 
 
 class TextLoss(NamedTuple):
@@ -58,29 +58,6 @@ def load_stage1(path: str, *, allow_decayed: bool = False) -> SpeechLLMModule:
     load_all()  # its parts may be plugins
     module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
     return module
-
-
-def check_not_decayed(checkpoint: Mapping[str, Any], where: str) -> None:
-    """Stage II goes on from the weights as they were before the learning rate fell (arXiv 2510.13632, section 4).
-
-    Args:
-        checkpoint: With the state of its optimizers.
-        where: Its path, for the message.
-
-    Raises:
-        UserError: If a rate is below its peak after the warm-up.
-    """
-    settings = checkpoint.get("hyper_parameters", {}).get("schedule") or {}
-    if checkpoint.get("global_step", 0) < int(settings.get("warmup_steps", 500)):
-        return
-    for optimizer in checkpoint.get("optimizer_states", []):
-        for group in optimizer["param_groups"]:
-            if group["lr"] < 0.999 * group.get("initial_lr", group["lr"]):
-                raise UserError(
-                    f"the learning rate has decayed to {group['lr']:.2g} of {group['initial_lr']:.2g}",
-                    where=where,
-                    cure="use the run's pre_decay.ckpt, or set score.allow_decayed: true",
-                )
 
 
 def distillation_losses(settings: ScoreSettings, shards: Path, folder: Path) -> dict[str, TextLoss]:

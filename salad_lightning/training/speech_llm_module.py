@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
@@ -19,6 +20,7 @@ from salad_lightning.model.llm import LanguageModel, load_config, load_language_
 from salad_lightning.model.parallel import compute_dtype, shard_language_model, shard_speech_llm
 from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
 from salad_lightning.training.base import TokenLossModule, default_optimizer, load_checkpoint, save_folder
+from salad_lightning.training.handover import check_handover, check_not_decayed, describe_parts
 from salad_lightning.training.schedule import WarmupStableDecay
 
 __all__ = ["SpeechLLMModule"]
@@ -40,7 +42,9 @@ class SpeechLLMModule(TokenLossModule):
         schedule: Warm-up, stable, decay.
         freeze: Shell patterns of parameter names to keep fixed, such as ``llm.*`` or ``*embed_tokens*``.
         switch_embeddings: Learn one embedding before and one after each speech span.
-        init_from: Checkpoint to take weights from (not the optimizer, the step or the place in the data).
+        init_from: Checkpoint to take weights from (not the optimizer, the step or the place in the data). It must have
+            been trained with the same parts.
+        require_pre_decay: Refuse an ``init_from`` whose learning rate had decayed: Stage II goes on from before.
         gap_every_n_steps: Measure misalignment and forgetting on the training batch every so many steps; 0 is never.
         report_by: JSON field of the samples by which test results are broken down.
     """
@@ -60,6 +64,7 @@ class SpeechLLMModule(TokenLossModule):
         freeze: list[str] | None = None,
         switch_embeddings: bool = False,
         init_from: str | None = None,
+        require_pre_decay: bool = False,
         gap_every_n_steps: int = 0,
         report_by: str = "domain",
     ) -> None:
@@ -81,7 +86,8 @@ class SpeechLLMModule(TokenLossModule):
         self._parts: tuple[Encoder, Connector] = (encoder, built)  # a tuple: they are registered inside the SpeechLLM
         self._context, self._switch = context, switch_embeddings
         self._rates = {"connector": connector_lr, "llm": llm_lr}
-        self._freeze, self._init_from = freeze or [], init_from
+        self._freeze, self._init_from, self._require_pre_decay = freeze or [], init_from, require_pre_decay
+        self._encoder_identity = ""
         self._gap_every, self._report_by = gap_every_n_steps, report_by
         self._teacher: tuple[LanguageModel] | None = None
         self._reports: dict[str, GapReport] = {}
@@ -116,6 +122,8 @@ class SpeechLLMModule(TokenLossModule):
     def sequence_spec(self) -> SequenceSpec:
         """Lengths and tokenizer, for the data module."""
         encoder, connector = self._parts
+        # Once, before the strategy casts or moves the encoder.
+        self._encoder_identity = self._encoder_identity or encoder.identity()
         return SequenceSpec(
             tokenizer=self._tokenizer,
             context=self._context,
@@ -124,7 +132,7 @@ class SpeechLLMModule(TokenLossModule):
             num_frames=encoder.output_lengths,
             frame_span=encoder.frame_span,
             num_positions=partial(_num_positions, connector, 2 if self._switch else 0),
-            encoder=encoder.identity(),
+            encoder=self._encoder_identity,
         )
 
     def parameter_rates(self) -> dict[str, tuple[float, list[tuple[str, nn.Parameter]]]]:
@@ -246,10 +254,29 @@ class SpeechLLMModule(TokenLossModule):
         loaders = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
         return list(names) if names else [str(index) for index in range(len(loaders))]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the parts, for the next stage."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["salad_lightning"]["parts"] = self._described()
+
+    def _described(self) -> dict[str, str]:
+        return describe_parts(
+            config=self._config,
+            tokenizer=self._tokenizer,
+            encoder=self.sequence_spec().encoder,
+            connector=self._parts[1],
+            switch=self._switch,
+        )
+
     def _take_weights(self, path: str) -> None:
         checkpoint = load_checkpoint(path, weights_only=True)
+        check_handover(checkpoint, self._described(), path)
+        if self._require_pre_decay:
+            check_not_decayed(checkpoint, path)
         self.check_weights(checkpoint, path)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
+        taken, step = len(checkpoint["state_dict"]), checkpoint.get("global_step", 0)
+        rank_zero_info(f"{taken} weights taken from {path} (step {step}); the optimizer starts afresh")
 
 
 def _num_positions(connector: Connector, extra: int, frames: int, words: int) -> int:

@@ -1,0 +1,98 @@
+"""From one stage to the next: which parts a checkpoint was trained with, and whether its learning rate had fallen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
+
+from salad_lightning.errors import UserError
+
+__all__ = ["check_handover", "check_not_decayed", "describe_parts"]
+
+_LLM_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+
+
+def describe_parts(
+    *, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, encoder: str, connector: object, switch: bool
+) -> dict[str, str]:
+    """What two stages must have in common, as plain text to be kept in a checkpoint.
+
+    Args:
+        config: Of the LLM.
+        tokenizer: Of the LLM.
+        encoder: `Encoder.identity`.
+        connector: The connector.
+        switch: Whether there are switch embeddings.
+    """
+    text = config.get_text_config()
+    llm = {key: getattr(text, key, None) for key in _LLM_KEYS}
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
+    return {
+        "llm": json.dumps(llm),
+        "tokenizer": f"{len(tokenizer)} tokens, {hashlib.sha256(vocabulary).hexdigest()[:16]}",
+        "encoder": encoder,
+        "connector": type(connector).__name__,
+        "switch_embeddings": str(switch),
+    }
+
+
+def check_handover(checkpoint: Mapping[str, Any], ours: Mapping[str, str], where: str) -> None:
+    """Refuse weights that were trained with other parts: shapes may agree by chance, what they mean does not.
+
+    Args:
+        checkpoint: One that carries the parts it was trained with; others pass.
+        ours: `describe_parts` of this run.
+        where: Path of the checkpoint.
+
+    Raises:
+        UserError: With every difference.
+    """
+    theirs = checkpoint.get("salad_lightning", {}).get("parts", {})
+    different = [
+        f"{name}: {theirs[name]} there, {ours[name]} here"
+        for name in ours
+        if theirs.get(name, ours[name]) != ours[name]
+    ]
+    if different:
+        raise UserError(
+            "the checkpoint was trained with other parts:\n  " + "\n  ".join(different),
+            where=where,
+            cure="use the llm, encoder and connector of the run that wrote it",
+        )
+
+
+def check_not_decayed(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Stage II goes on from the weights as they were before the learning rate fell (arXiv 2510.13632, section 4).
+
+    Args:
+        checkpoint: With the state of its optimizers.
+        where: Its path, for the message.
+
+    Raises:
+        UserError: If a rate is below its peak after the warm-up.
+    """
+    settings = checkpoint.get("hyper_parameters", {}).get("schedule") or {}
+    if checkpoint.get("global_step", 0) < int(settings.get("warmup_steps", 500)):
+        return
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for group in optimizer["param_groups"]:
+            if group["lr"] < 0.999 * group.get("initial_lr", group["lr"]):
+                raise UserError(
+                    f"the learning rate has decayed to {group['lr']:.2g} of {group['initial_lr']:.2g}",
+                    where=where,
+                    cure="use the run's pre_decay.ckpt; to take this one all the same, set require_pre_decay: false "
+                    "(a model) or allow_decayed: true (a selection)",
+                )
