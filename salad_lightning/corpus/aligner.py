@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from salad_lightning.corpus.ctc_vocabulary import CtcVocabulary
 from salad_lightning.corpus.forced_alignment import align_words
+from salad_lightning.corpus.length_batches import length_batches
 from salad_lightning.corpus.sound import first_pause
 from salad_lightning.encoders._loading import load_config, load_frozen
 from salad_lightning.errors import UserError
@@ -93,7 +94,11 @@ class CtcAligner:
             texts: One for each.
         """
         result: list[Alignment] = [Alignment([], [], "too short for its text")] * len(clips)
-        for batch in self._batches([len(clip) for clip in clips]):
+        long_enough = [index for index, clip in enumerate(clips) if self._num_frames(len(clip)) >= 1]
+        # Without `_convolutions` a clip's frames depend on its padding: one by one.
+        most = self._batch_samples if self._convolutions else 0
+        for rows in length_batches([len(clips[index]) for index in long_enough], most):
+            batch = [long_enough[row] for row in rows]
             for index, emission in zip(batch, self._emissions([clips[index] for index in batch]), strict=True):
                 result[index] = self._align(emission, texts[index], clips[index])
         return result
@@ -122,19 +127,6 @@ class CtcAligner:
             for word, start, end in zip(words, starts, ends, strict=True)
         ]
         return Alignment(timed, [place.confidence for place in places])
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Clips of like length; those too short for the model's convolutions are left out."""
-        batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-            if self._num_frames(lengths[index]) < 1:
-                continue
-            if batch and (not self._convolutions or lengths[index] * (len(batch) + 1) > self._batch_samples):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     def _num_frames(self, num_samples: int) -> int:
         for kernel, stride in self._convolutions or _front_end(self._model.config):

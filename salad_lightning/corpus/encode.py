@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from salad_lightning.corpus.length_batches import length_batches
 from salad_lightning.corpus.output_folder import INDEX, PARTIAL, replaceable, sha256_of
+from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.format import ShardWriter, Utterance, decode, encode_array, read_shard
 from salad_lightning.data.packing import pad
 from salad_lightning.data.sources import expand_shards
@@ -98,8 +100,7 @@ def encode_shards(
         replaced.unlink(missing_ok=True)
     for name in names:
         (partial / name).replace(output / name)
-    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (partial / INDEX).replace(output / INDEX)
+    write_aside(output / INDEX, json.dumps(index, indent=2) + "\n")
     shutil.rmtree(partial)
     return index
 
@@ -159,7 +160,7 @@ class _Loop(pl.LightningModule):
     def predict_step(self, shard: _Shard, batch_idx: int) -> None:
         stored: dict[int, NDArray[Any]] = {}
         rate = self.encoder.sample_rate_hz
-        for rows in _batches([u.num_samples for u in shard.utterances], round(self.batch_seconds * rate)):
+        for rows in length_batches([u.num_samples for u in shard.utterances], round(self.batch_seconds * rate)):
             audio, lengths = pad([shard.utterances[row].audio for row in rows])  # type: ignore[misc]
             output = self.encoder.encode(audio.to(self.device), lengths.to(self.device))
             for row, data, length in zip(rows, output.data.cpu(), output.lengths.tolist(), strict=True):
@@ -190,18 +191,4 @@ class _Loop(pl.LightningModule):
             "seconds": round(seconds, 3),
             "sha256": sha256_of(self.folder / name),
         }
-        aside = self.folder / f"{name}.entry.part"
-        aside.write_text(json.dumps(entry))
-        aside.replace(_entry_path(self.folder, name))
-
-
-def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Rows of like length, at most so many samples a batch, padding included (one row may be longer by itself)."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if batch and lengths[row] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+        write_aside(_entry_path(self.folder, name), json.dumps(entry))

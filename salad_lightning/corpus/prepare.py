@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from salad_lightning import __version__
 from salad_lightning.corpus.card import dataset_card
+from salad_lightning.corpus.keyed_rows import keyed, row_batches
 from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.output_folder import INDEX
 from salad_lightning.corpus.pool import map_in_order
@@ -220,7 +220,7 @@ def _make_shards(
             level_dbfs=request.level_dbfs,
             rules=request.rules,
         )
-        for number, batch in enumerate(_batches(_keyed(rows), request.samples_per_shard))
+        for number, batch in enumerate(row_batches(keyed(rows), request.samples_per_shard))
     )
     reports: list[dict[str, Any]] = []
     num_rows, broken = 0, list[dict[str, Any]]()
@@ -242,35 +242,6 @@ def _made(space: Workspace, job: Any) -> dict[str, Any]:
     from salad_lightning.corpus.shard_maker import make_shard  # as above
 
     return space.finished(job.name, job.digest) or make_shard(job)
-
-
-def _keyed(rows: Iterator[Row]) -> Iterator[tuple[str, Row]]:
-    """Rows with their keys; a row whose key was used before becomes a broken one."""
-    seen: set[int] = set()
-    for number, row in enumerate(rows):
-        values = dict(row.values)
-        key = _key(values.pop("key", None), number)
-        mark = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-        problem = row.problem or (
-            f"keys must be new, got {key!r}; give every row its own `key`" if mark in seen else ""
-        )
-        seen.add(mark)
-        yield key, Row(row.where, values, row.audio, problem)
-
-
-def _key(key: Any, number: int) -> str:
-    """The row's key or its number, as WebDataset takes it."""
-    name = f"{number:09d}" if key in (None, "") else str(key)
-    name = "".join(char if char.isalnum() or char in "-_" else "_" for char in name).strip("_") or f"{number:09d}"
-    if len(name.encode()) <= 80:
-        return name
-    # Tar headers hold 100 bytes of name.
-    return f"{name.encode()[:60].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def _batches(rows: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[str, Row]]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
 
 
 def _digest(request: _Request, batch: list[tuple[str, Row]]) -> str:

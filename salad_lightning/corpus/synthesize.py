@@ -21,10 +21,10 @@ from typing import Any
 import yaml
 
 from salad_lightning import __version__
+from salad_lightning.corpus.keyed_rows import keyed, row_batches
 from salad_lightning.corpus.manifest import read_rows
 from salad_lightning.corpus.output_folder import INDEX
 from salad_lightning.corpus.pool import map_in_order
-from salad_lightning.corpus.prepare import _batches, _keyed
 from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
 
@@ -190,7 +190,7 @@ def _speak_all(
 
     jobs = (
         SpeechJob(space.folder, f"{source}-{number:06d}.tar", _digest(settings, batch), batch, **settings)
-        for number, batch in enumerate(_batches(_keyed(read_rows(manifest)), samples_per_shard))
+        for number, batch in enumerate(row_batches(keyed(read_rows(manifest)), samples_per_shard))
     )
     reports: list[dict[str, Any]] = []
     num_rows, failed = 0, list[dict[str, Any]]()

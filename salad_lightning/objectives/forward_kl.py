@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from salad_lightning.batch import ObjectiveOutput, Prediction
-from salad_lightning.errors import UserError
-from salad_lightning.interfaces import Objective
-from salad_lightning.projection import LossTerms, projected_loss
+from salad_lightning.objectives._divergence import Divergence
+from salad_lightning.projection import LossTerms
 
 __all__ = ["ForwardKLObjective"]
 
 
-class ForwardKLObjective(Objective):
+class ForwardKLObjective(Divergence):
     """KL(teacher ‖ student) at the text tokens, full vocabulary: L_DIST of arXiv 2510.13632, section 3.
 
     The teacher reads the plain transcript, the student the interleaved text and speech.
@@ -25,20 +21,5 @@ class ForwardKLObjective(Objective):
         UserError: If ``temperature`` is not positive.
     """
 
-    needs_teacher = True
-
     def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(
-                f"temperature must be positive, not {temperature}", where="ForwardKLObjective", cure="use 1.0"
-            )
-        self.terms = LossTerms(kl=1.0, temperature=temperature)
-
-    def forward(self, student: Prediction, teacher: Prediction | None, labels_M: Tensor) -> ObjectiveOutput:
-        """Summed KL in nats.
-
-        Raises:
-            ValueError: If there is no teacher, or M differs.
-        """
-        return projected_loss(student, labels_M, teacher, self.terms)
+        super().__init__(LossTerms(kl=1.0, temperature=temperature))

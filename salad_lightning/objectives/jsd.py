@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from salad_lightning.batch import ObjectiveOutput, Prediction
 from salad_lightning.errors import UserError
-from salad_lightning.interfaces import Objective
-from salad_lightning.projection import LossTerms, projected_loss
+from salad_lightning.objectives._divergence import Divergence
+from salad_lightning.projection import LossTerms
 
 __all__ = ["JSDObjective"]
 
 
-class JSDObjective(Objective):
+class JSDObjective(Divergence):
     """Generalised Jensen–Shannon divergence at the text tokens, full vocabulary (GKD, arXiv 2306.13649, section 2).
 
     ``β KL(teacher ‖ M) + (1 - β) KL(student ‖ M)`` with ``M = β teacher + (1 - β) student``. It is bounded. Divided by
@@ -28,22 +25,8 @@ class JSDObjective(Objective):
         UserError: If ``beta`` is outside (0, 1) or ``temperature`` is not positive.
     """
 
-    needs_teacher = True
-
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
-        super().__init__()
-        where = "JSDObjective"
         if not 0 < beta < 1:
             cure = "use ForwardKLObjective for 0 and ReverseKLObjective for 1"
-            raise UserError(f"beta must be strictly between 0 and 1, not {beta}", where=where, cure=cure)
-        if not temperature > 0:
-            raise UserError(f"temperature must be positive, not {temperature}", where=where, cure="use 1.0")
-        self.terms = LossTerms(jsd=1.0, beta=beta, temperature=temperature)
-
-    def forward(self, student: Prediction, teacher: Prediction | None, labels_M: Tensor) -> ObjectiveOutput:
-        """Summed divergence in nats.
-
-        Raises:
-            ValueError: If there is no teacher, or M differs.
-        """
-        return projected_loss(student, labels_M, teacher, self.terms)
+            raise UserError(f"beta must be strictly between 0 and 1, not {beta}", where="JSDObjective", cure=cure)
+        super().__init__(LossTerms(jsd=1.0, beta=beta, temperature=temperature))
