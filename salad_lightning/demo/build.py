@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2Config
-
 from salad_lightning.demo.encoder_training import train_encoder
 from salad_lightning.demo.speech import natural_speech, question_fields, speak_all, spoken_questions
 from salad_lightning.demo.tokenizer import train_tokenizer
 from salad_lightning.demo.world import World, build_world, sentence_windows
+from salad_lightning.model.small import small_qwen2
 
 __all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
 
@@ -41,17 +40,8 @@ def build_text(world: World, root: Path) -> None:
     _write(folder / "text_test.jsonl", ({"text": q.prompt, **question_fields(q)} for q in questions))
     _write(folder / "domains.jsonl", ({**d._asdict(), "heard": d.heard} for d in world.domains))
     tokenizer = train_tokenizer(train, folder / "llm")
-    Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+    small_qwen2(
+        128, 4, intermediate_size=384, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
     ).save_pretrained(folder / "llm")
 
 

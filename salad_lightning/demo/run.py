@@ -14,6 +14,8 @@ from salad_lightning.errors import UserError
 
 __all__ = ["add_arguments", "run"]
 
+_STEPS = 1300  # as many as the time allows; studies over seeds take the recipe's own number
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -36,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
         )
     begin = time.perf_counter()
     root = Path("outputs/demo")
-    arms = [Arm("stage1_kl"), Arm("stage1_nll", ("--model.init_args.objective=NLLObjective",))]
+    longer = f"--trainer.max_steps={_STEPS}"
+    arms = [Arm("stage1_kl", (longer,)), Arm("stage1_nll", ("--model.init_args.objective=NLLObjective", longer))]
     steps = {step.name: step for step in base_steps(args.recipes, root)}
     for arm in arms:
         steps |= {step.name: step for step in arm_steps(arm, args.recipes, root)}

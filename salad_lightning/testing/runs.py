@@ -16,6 +16,7 @@ import yaml
 from transformers import Qwen2Config
 
 from salad_lightning.cli import main
+from salad_lightning.model.small import small_qwen2
 from salad_lightning.testing.shards import save_choice_shards, save_speech_shards, save_text_shards
 from salad_lightning.testing.tiny import save_tiny_llm
 
@@ -112,18 +113,7 @@ def save_tiny_world(folder: str | Path) -> TinyWorld:
 
 def _decided() -> Qwen2Config:
     """Weights large enough that the model is sure of some tokens: a KL of a few thousandths would show nothing."""
-    return Qwen2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
+    return small_qwen2(32, 2, initializer_range=0.3)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
+
+from salad_lightning.model.small import small_qwen2
 
 __all__ = ["SENTENCES", "save_tiny_llm", "save_tiny_tokenizer"]
 
@@ -61,17 +63,7 @@ def save_tiny_llm(
     save_tiny_tokenizer(folder)
     vocab_size = len(PreTrainedTokenizerFast.from_pretrained(folder))
     if config is None:
-        config = Qwen2Config(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-        )
+        config = small_qwen2(width, 2, max_position_embeddings=4096)
     config.vocab_size = vocab_size
     if not weights:
         config.architectures = ["Qwen2ForCausalLM"]
