@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode what the options say, and print what came of it."""
     # Imported here for start-up time: `encode --help` must not wait for torch.
+    from salad_lightning.commands.quiet import quieten
     from salad_lightning.corpus.encode import encode_shards
 
+    quieten()
     index = encode_shards(
         args.shards,
         args.output,

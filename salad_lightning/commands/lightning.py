@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import re
-import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from salad_lightning.commands.parse_errors import explain
+from salad_lightning.commands.quiet import quieten
 from salad_lightning.commands.settings import Setting, check_part_names, read_settings
 from salad_lightning.errors import UserError
 from salad_lightning.registry import load_all
@@ -120,6 +119,19 @@ class SaladCLI(LightningCLI):
                 raise UserError(first.what, where=first.where, cure=first.cure) from error
             cure = "correct the configuration (full traceback: SALAD_DEBUG=1)"
             raise UserError(str(first), where=f"building what `{self._chosen}` needs", cure=cure) from error
+        if self._chosen != "fit" and path in _CHECKPOINT_NAMES:
+            self._check_named_checkpoint(str(path))
+
+    def _check_named_checkpoint(self, name: str) -> None:
+        """Lightning would only warn, and then measure untrained weights."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        if name != "last" or not list(folder.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt")):
+            found = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))[:8]) or "nothing"
+            raise UserError(
+                f"there is no `{name}` checkpoint to {self._chosen}",
+                where=f"ckpt_path: {name}",
+                cure=f"give the path of one; {folder} holds {found}",
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""
@@ -142,21 +154,8 @@ def run(subcommand: str, argv: list[str]) -> None:
     for module in (_DEFAULT_MODEL.rpartition(".")[0], _DEFAULT_DATA.rpartition(".")[0], *_NAMED):
         importlib.import_module(module)
     check_part_names(settings, registry)
-    _quieten()
+    quieten()
     SaladCLI(subcommand, argv, settings)
-
-
-def _quieten() -> None:
-    """Drop warnings about what is meant to be so, that a reader may take for trouble."""
-    for message in (
-        r"Found \d+ module\(s\) in eval mode",  # the frozen encoder
-        r".*is an instance of `nn.Module` and is already saved",  # parts, saved as configuration
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on newer torch
-        r"The .* does not have many workers",
-        r"You are using a CUDA device",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
 
 
 def _check_torchaudio() -> None:

@@ -70,7 +70,7 @@ def check_handover(checkpoint: Mapping[str, Any], ours: Mapping[str, str], where
         raise UserError(
             "the checkpoint was trained with other parts:\n  " + "\n  ".join(different),
             where=where,
-            cure="use the llm, encoder and connector of the run that wrote it",
+            cure="use the same llm, encoder and connector as the run that wrote it",
         )
 
 

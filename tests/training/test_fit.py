@@ -263,7 +263,7 @@ def test_init_from_takes_weights_and_nothing_else(world, trained):
     ("change", "words"),
     [
         ("--model.connector.stack=4", ["has another shape: model.connector."]),
-        ("--model.connector=ConvConnector", ["model.connector."]),
+        ("--model.connector=ConvConnector", ["connector"]),
     ],
 )
 def test_weights_of_another_model(world, trained, capsys, option, change, words):
@@ -347,3 +347,10 @@ def test_text_model_refuses_a_teacher(world, capsys):
     options = ["--model=TextLMModule", f"--model.llm={world.folder / 'llm'}", "--model.objective=ForwardKLObjective"]
     assert main(["fit", *options, "--trainer.accelerator=cpu"]) == 2
     assert "NLLObjective" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_checkpoint_that_is_not_there_is_not_replaced_by_untrained_weights(world, capsys, name):
+    assert main(world.arguments("test", "never-trained", f"--ckpt_path={name}")) == 2
+    assert f"there is no `{name}` checkpoint to test" in capsys.readouterr().err
+    assert not (world.folder / "never-trained" / "test.json").exists()
