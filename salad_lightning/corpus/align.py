@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salad_lightning import __version__
 from salad_lightning.corpus.output_folder import INDEX, sha256_of
-from salad_lightning.corpus.recordings import without_address
 from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace, write_aside
 from salad_lightning.errors import UserError
 
@@ -167,7 +166,7 @@ def _aligned_samples(
     for raw, utterance in _decoded(path, aligner.sample_rate_hz):
         if isinstance(utterance, UserError):
             counts["broken"] += 1
-            problems.append({"shard": path, "key": raw.key, "problem": without_address(utterance.what)})
+            problems.append({"shard": path, "key": raw.key, "problem": utterance.what})
             continue
         raws.append(raw)
         utterances.append(utterance)

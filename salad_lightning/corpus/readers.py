@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from salad_lightning.corpus.manifest import Row, read_rows
 from salad_lightning.corpus.recordings import AudioFile, TarMember
 from salad_lightning.errors import UserError
 
-__all__ = ["READERS", "is_cut_off", "read_librispeech", "read_manifest", "read_tars", "read_text"]
+__all__ = ["READERS", "read_librispeech", "read_manifest", "read_tars", "read_text"]
 
 
 def read_manifest(path: str) -> Iterator[Row]:
@@ -98,18 +97,9 @@ def read_tars(pattern: str) -> Iterator[Row]:
             yield _sample(path, key, sample)
 
 
-def is_cut_off(path: str) -> bool:
-    """Whether an uncompressed tar lacks the two empty blocks at its end; readers take that for the end of the tar."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":  # gzip
-            return False
-        file.seek(max(file.seek(0, os.SEEK_END) - 1024, 0))
-        return any(file.read())
-
-
 def _members(path: str) -> Iterator[tuple[str, str, bytes | TarMember]]:
     """Key, extension, and content (of audio: its place) of what is needed of a tar."""
-    from salad_lightning.data.format import AUDIO_EXTENSIONS  # as above
+    from salad_lightning.data.format import AUDIO_EXTENSIONS, is_cut_off  # as above
 
     try:
         if is_cut_off(path):

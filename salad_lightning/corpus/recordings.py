@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from salad_lightning.errors import UserError
 
-__all__ = ["AudioFile", "Recording", "TableCell", "TarMember", "without_address"]
+__all__ = ["AudioFile", "Recording", "TableCell", "TarMember"]
 
 
 class Recording(ABC):
@@ -134,11 +133,6 @@ class TableCell(Recording):
         if not cell.get("path"):
             raise UserError(f"column `{self.column}` is empty")
         return AudioFile(str(Path(self.path).parent / cell["path"])).read()
-
-
-def without_address(message: str) -> str:
-    """A decoder's message without the name of a Python object, which differs from run to run."""
-    return re.sub(r"Error opening <[^>]*>: ", "", message)
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.output_folder import sha256_of
-from salad_lightning.corpus.recordings import Recording, without_address
+from salad_lightning.corpus.recordings import Recording
 from salad_lightning.corpus.rules import Rejection, Rules
 from salad_lightning.corpus.sound import active_range, with_level
 from salad_lightning.corpus.split import Segment, split_at_pauses
@@ -165,11 +165,9 @@ def _load(job: ShardJob, recording: Recording, record: dict[str, Any], where: st
     try:
         audio, rate = decode_audio(recording.read(), job.sample_rate_hz, recording.name)
     except UserError as error:
-        what = without_address(error.what)
+        what = error.what
         detail = f"{error.where}: {what}" if error.where else what
         raise _Broken("unreadable audio", detail, error.cure) from error
-    if not np.isfinite(audio).all():
-        raise _Broken("unreadable audio", "the audio holds NaN or infinite samples")
     try:
         words = parse_words(record.pop("words", None), "")
     except UserError as error:

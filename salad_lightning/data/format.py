@@ -36,6 +36,7 @@ from salad_lightning.interfaces import TimedWord
 __all__ = [
     "AUDIO_EXTENSIONS",
     "ENCODED_EXTENSIONS",
+    "MAX_SECONDS",
     "TIME_SLACK_S",
     "Encoded",
     "RawSample",
@@ -45,6 +46,7 @@ __all__ = [
     "decode_audio",
     "encode_array",
     "encode_flac",
+    "is_cut_off",
     "parse_words",
     "read_shard",
     "resample",
@@ -55,6 +57,13 @@ AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
 
 ENCODED_EXTENSIONS = ("frames.npy", "codes.npy")
 """What a frozen encoder made of the audio: floats or integers."""
+
+_READ = frozenset({"json", *AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS})
+
+MAX_SECONDS = 7200.0
+"""Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
+
+_MAX_VALUES = 500_000_000  # samples times channels: 2 GB
 
 TIME_SLACK_S = 0.25
 """How far word times may go beyond the audio: aligners round to their own frames; more is another recording's."""
@@ -150,9 +159,14 @@ def read_shard(path: str | Path) -> Iterator[RawSample]:
     """
     try:
         with open(path, "rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+            files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=_is_read)
+            for sample in group_by_keys(files):
                 members = {name: value for name, value in sample.items() if not name.startswith("__")}
                 yield RawSample(sample["__key__"], str(path), members)
+        if is_cut_off(path):
+            raise tarfile.ReadError("the file was cut off")
+    except UserError as error:
+        raise UserError(error.what, where=str(path), cure=error.cure) from error
     except OSError as error:
         raise UserError(f"cannot be opened ({error})", where=str(path), cure="check the `shards` path") from error
     except (tarfile.TarError, EOFError, ValueError) as error:
@@ -160,6 +174,15 @@ def read_shard(path: str | Path) -> Iterator[RawSample]:
         raise UserError(
             f"not a readable shard ({message})", where=str(path), cure="write it again with `salad-lightning prepare`"
         ) from error
+
+
+def is_cut_off(path: str | Path) -> bool:
+    """Whether an uncompressed tar lacks the two empty blocks at its end; readers take that for the end of the tar."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # gzip
+            return False
+        file.seek(max(file.seek(0, os.SEEK_END) - 1024, 0))
+        return any(file.read())
 
 
 def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
@@ -207,11 +230,23 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
         UserError: If it cannot be decoded or holds no sample.
     """
     try:
-        audio, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = int(file.samplerate)
+            if file.frames > MAX_SECONDS * rate or file.frames * file.channels > _MAX_VALUES:
+                raise UserError(
+                    f"the audio claims {file.frames / rate:.0f} s of {file.channels} channels",
+                    where=where,
+                    cure=f"cut it into pieces of at most {MAX_SECONDS:.0f} s",
+                )
+            audio = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"the audio cannot be decoded ({error})", where=where) from error
+        # Its own text names the buffer in memory, at another address in every run.
+        reason = getattr(error, "error_string", None) or str(error)
+        raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
     if audio.shape[0] == 0:
         raise UserError("the audio is empty", where=where)
+    if not np.isfinite(audio).all():
+        raise UserError("the audio holds NaN or infinite values", where=where, cure="record or convert it again")
     mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
@@ -354,6 +389,18 @@ class ShardWriter:
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is under way
             self._close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a member of a tar is taken out of it.
+
+    Raises:
+        UserError: For a name that leads out of the archive: whoever made it meant harm.
+    """
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+        raise UserError(f"the archive holds {name!r}, a path outside of it", cure="do not use this file")
+    extension = name.rpartition("/")[2].partition(".")[2].lower()
+    return extension in _READ
 
 
 def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from salad_lightning.data.format import AUDIO_EXTENSIONS, ShardWriter, decode, encode_flac, read_shard
+from salad_lightning.data.format import AUDIO_EXTENSIONS, ShardWriter, decode, decode_audio, encode_flac, read_shard
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_speech_shards, speak_tones
 
@@ -126,3 +126,68 @@ def test_truncated_shards_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20_000])
     with pytest.raises(UserError, match=r"speech-000000\.tar"):
         list(read_shard(path))
+
+
+def test_a_tar_cut_between_two_members_is_not_whole(tmp_path):
+    save_speech_shards(tmp_path, num_samples=4)
+    (path,) = tmp_path.glob("*.tar")
+    with tarfile.open(path) as tar:
+        third = next(member for member in tar.getmembers() if member.name.startswith("speech000002"))
+    path.write_bytes(path.read_bytes()[: third.offset])
+    read = []
+    with pytest.raises(UserError, match="cut off"):
+        read.extend(raw.key for raw in read_shard(path))
+    assert read == ["speech000000", "speech000001"]
+
+
+@pytest.mark.parametrize("name", ["/etc/harm.json", "../harm.json", "a/../../harm.json", "a\\..\\harm.json"])
+def test_a_path_out_of_the_archive_is_refused(tmp_path, name):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    with pytest.raises(UserError, match="outside of it") as error:
+        list(read_shard(tmp_path / "x.tar"))
+    assert "x.tar" in str(error.value)
+
+
+def test_only_what_is_listed_is_taken_out(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in (("k.json", b'{"text": "t"}'), ("k.pkl", b"x"), ("k.py", b"x"), ("k.pyd", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("k.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    (raw,) = read_shard(tmp_path / "x.tar")
+    assert set(raw.members) == {"json"}
+
+
+def test_values_that_are_no_numbers_are_refused():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.array([0.0, np.nan, 0.1], np.float32), 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        decode_audio(buffer.getvalue(), 16_000, "here")
+
+
+def test_absurd_lengths_are_refused_before_they_are_decoded():
+    """A header that claims years: nothing is allocated for it."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(4096, np.float32), 8_000, format="FLAC", subtype="PCM_16")
+    content = bytearray(buffer.getvalue())
+    # The last 36 bits of the stream's length field in STREAMINFO (RFC 9639, section 8.2).
+    content[8 + 13] |= 0x0F
+    content[8 + 14 : 8 + 18] = b"\xff\xff\xff\xff"
+    with pytest.raises(UserError, match=r"the audio claims \d{6,} s"):
+        decode_audio(bytes(content), None, "here")
+
+
+def test_the_same_message_for_the_same_fault():
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(UserError) as error:
+            decode_audio(b"no audio", 16_000, "here")
+        messages.add(str(error.value))
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
