@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,24 +310,11 @@ def test_resident_memory_is_that_of_two_chunks():
 
 
 @pytest.mark.slow
-def test_compiled_equals_the_loop(monkeypatch):
-    monkeypatch.setattr(rows, "_COMPILED_DEVICES", {"cpu"})
-    monkeypatch.setattr(rows, "_compiler", rows._Compiler())
-    assert_equals_loop(*case(13, "all"), TERMS["all"], chunk_size=9)
-    assert not rows._compiler.failed
-
-
-def test_without_a_compiler_it_runs_uncompiled(monkeypatch, tmp_path):
-    monkeypatch.setattr(rows, "_COMPILED_DEVICES", {"cpu"})
-    monkeypatch.setattr(rows, "_compiler", rows._Compiler())
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before is found there
-    torch.compiler.reset()
-    with (
-        torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler")}),
-        pytest.warns(UserWarning, match=r"torch\.compile failed"),
-    ):
-        assert_equals_loop(*case(13), TERMS["kl"], chunk_size=9)
-    assert rows._compiler.failed
+@pytest.mark.parametrize("check", ["compiled_equals_the_loop", "without_a_compiler_it_runs_uncompiled"])
+def test_compiled(check):
+    script = Path(__file__).with_name("compiled_projection.py")
+    done = subprocess.run([sys.executable, str(script), check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from salad_lightning.corpus.hugging_face import read_hugging_face
 from salad_lightning.corpus.lhotse import read_lhotse
 from salad_lightning.corpus.manifest import Row, read_rows
 from salad_lightning.corpus.recordings import AudioFile, TarMember
+from salad_lightning.data.tars import StrictTarInfo
 from salad_lightning.errors import UserError
 
 __all__ = ["READERS", "read_librispeech", "read_manifest", "read_tars", "read_text"]
@@ -99,12 +100,10 @@ def read_tars(pattern: str) -> Iterator[Row]:
 
 def _members(path: str) -> Iterator[tuple[str, str, bytes | TarMember]]:
     """Key, extension, and content (of audio: its place) of what is needed of a tar."""
-    from salad_lightning.data.format import AUDIO_EXTENSIONS, is_cut_off  # as above
+    from salad_lightning.data.format import AUDIO_EXTENSIONS  # as above
 
     try:
-        if is_cut_off(path):
-            raise tarfile.ReadError("the file was cut off")
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=StrictTarInfo) as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 base, _, extension = name.partition(".")

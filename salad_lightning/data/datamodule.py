@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 from salad_lightning.batch import SpeechBatch
 from salad_lightning.data.loading import EndlessLoader, InStepLoader, StreamLoader
+from salad_lightning.data.resharding import past_readers
 from salad_lightning.data.sources import Source, check_sources, shard_paths
 from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.storage import is_remote
 from salad_lightning.data.stream import EvaluationStream, TrainingStream
 from salad_lightning.errors import UserError
 
@@ -25,7 +29,8 @@ class SpeechDataModule(LightningDataModule):
     """Packed batches of speech and text for training and evaluation.
 
     Lengths and tokenizer come from the model (``sequence_spec()`` of the LightningModule). Whoever trains must call
-    `note_trained` with every batch, so that a checkpoint knows where to go on.
+    `note_trained` with every batch, so that a checkpoint knows where to go on. What cannot be used is listed in
+    ``skipped.jsonl`` of the run's folder (of rank 1: ``skipped-rank1.jsonl``, and so on).
 
     Args:
         train: Sources mixed for training, endless.
@@ -38,6 +43,8 @@ class SpeechDataModule(LightningDataModule):
         shuffle_block: Samples of a source that are read and shuffled together.
         lookahead: Documents the packer chooses from; more fill rows better and hold more audio in memory.
         trim_rows: Cut training rows after the longest one of a batch. Off, every batch has the same shape.
+        allow_reshard: Resume a checkpoint of another number of processes or workers too: no longer exactly, but no
+            sample is left out, and those of one block of each earlier reader are trained on once more.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class SpeechDataModule(LightningDataModule):
         shuffle_block: int = 512,
         lookahead: int = 32,
         trim_rows: bool = False,
+        allow_reshard: bool = False,
     ) -> None:
         super().__init__()
         self.train, self.val, self.test = train, val, test
@@ -76,9 +84,11 @@ class SpeechDataModule(LightningDataModule):
             num_workers,
         )
         self.seed, self.shuffle_block, self.lookahead, self.trim_rows = seed, shuffle_block, lookahead, trim_rows
+        self.allow_reshard = allow_reshard
         self.spec: SequenceSpec | None = None
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank, by worker
         self._last_worker = -1
+        self._past: list[dict[str, Any]] = []  # of other numbers of readers, before
         self._digest: str | None = None
         self._train_loader: EndlessLoader | None = None
         self._restored: dict[str, Any] | None = None
@@ -128,6 +138,8 @@ class SpeechDataModule(LightningDataModule):
             trim=self.trim_rows,
             states=dict(self._positions),
             first_worker=(self._last_worker + 1) % max(self.num_workers, 1),
+            past=self._past,
+            skipped=self._skipped(),
         )
         self._train_loader = EndlessLoader(stream, num_workers=self.num_workers, keep_workers=True)
         return self._train_loader
@@ -167,7 +179,7 @@ class SpeechDataModule(LightningDataModule):
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, (rank, mine))
             ranks = dict(gathered)
-        return {**self._identity(), "ranks": ranks}
+        return {**self._identity(), "ranks": ranks, "past": self._past}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict`; checked when the training loader is made, once world and model are known."""
@@ -176,16 +188,32 @@ class SpeechDataModule(LightningDataModule):
     def _restore(self) -> None:
         if self._restored is None:
             return
-        state, self._restored = self._restored, None
-        for name, value in self._identity().items():
-            if state.get(name) != value:
+        state, self._restored = {"past": [], **self._restored}, None
+        mine, may_differ = self._identity(), ("world_size", "num_workers") if self.allow_reshard else ()
+        for name, value in mine.items():
+            if state.get(name) != value and name not in may_differ:
                 raise UserError(
                     f"the checkpoint's data stream has {name} {state.get(name)!r}, this run has {value!r}",
                     where="ckpt_path",
-                    cure="resume with the same data, processes and workers; or start afresh from the weights alone",
+                    cure="resume with the same data, processes and workers; for other processes and workers set "
+                    "`data.allow_reshard: true`; or start afresh from the weights alone",
                 )
-        mine = state["ranks"][self._rank()[0]]
-        self._last_worker, self._positions = mine["last_worker"], dict(mine["workers"])
+        if any(state[name] != mine[name] for name in may_differ):
+            self._reshard(state)
+            return
+        self._past, position = state["past"], state["ranks"][self._rank()[0]]
+        self._last_worker, self._positions = position["last_worker"], dict(position["workers"])
+
+    def _reshard(self, state: dict[str, Any]) -> None:
+        """Go on from what another number of readers read."""
+        names = [source.name for source in self.train or []]
+        self._past = past_readers(state, names)
+        again = ", ".join(f"{self._past[-1][name]['again']} of {name!r}" for name in names)
+        rank_zero_info(
+            f"The data stream goes on with {self._rank()[1]} × {max(self.num_workers, 1)} readers "
+            f"(processes × workers) in place of {state['world_size']} × {state['num_workers']}. "
+            f"Samples trained on once more, at most: {again}."
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same."""
@@ -217,6 +245,7 @@ class SpeechDataModule(LightningDataModule):
                 rank=rank,
                 world_size=world_size,
                 lookahead=self.lookahead,
+                skipped=self._skipped(),
             )
             if world_size == 1:
                 loaders.append(StreamLoader(stream, num_workers=self.num_workers))
@@ -243,9 +272,16 @@ class SpeechDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs or {}
         return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
 
+    def _skipped(self) -> Path | None:
+        if self.trainer is None:
+            return None
+        rank, _ = self._rank()
+        return Path(self.trainer.default_root_dir) / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl")
+
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
 
 def _files(paths: Sequence[str]) -> list[tuple[str, int]]:
-    return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+    # Asking a remote storage for thousands of sizes takes minutes.
+    return [(os.path.basename(path), -1 if is_remote(path) else os.path.getsize(path)) for path in paths]

@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import tarfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +30,10 @@ import torch
 import torchaudio
 import webdataset
 from numpy.typing import NDArray
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
+from salad_lightning.data.storage import RemoteFile, is_remote
+from salad_lightning.data.tars import read_members
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import TimedWord
 
@@ -46,7 +50,6 @@ __all__ = [
     "decode_audio",
     "encode_array",
     "encode_flac",
-    "is_cut_off",
     "parse_words",
     "read_shard",
     "resample",
@@ -64,6 +67,8 @@ MAX_SECONDS = 7200.0
 """Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
 
 _MAX_VALUES = 500_000_000  # samples times channels: 2 GB
+
+_MAX_KERNEL = 10_000_000  # of rates without a common divisor, the resampler's filter would fill gigabytes
 
 TIME_SLACK_S = 0.25
 """How far word times may go beyond the audio: aligners round to their own frames; more is another recording's."""
@@ -152,37 +157,29 @@ def read_shard(path: str | Path) -> Iterator[RawSample]:
     """Samples of a shard in the order of the tar.
 
     Args:
-        path: A local file.
+        path: A local file, or an address that `salad_lightning.data.storage` reads.
 
     Raises:
-        UserError: If the file is missing or not a readable tar, or a key occurs twice in a row with the same extension.
+        UserError: If the file is missing or not a readable tar, was cut off, holds what `read_members` refuses, or a
+            key occurs twice in a row with the same extension.
     """
     try:
-        with open(path, "rb") as stream:
-            files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=_is_read)
+        with RemoteFile(str(path)) if is_remote(str(path)) else open(path, "rb") as stream:
+            files = ({"fname": name, "data": data, "__url__": ""} for name, data in read_members(stream, _is_read))
             for sample in group_by_keys(files):
                 members = {name: value for name, value in sample.items() if not name.startswith("__")}
                 yield RawSample(sample["__key__"], str(path), members)
-        if is_cut_off(path):
-            raise tarfile.ReadError("the file was cut off")
     except UserError as error:
         raise UserError(error.what, where=str(path), cure=error.cure) from error
     except OSError as error:
-        raise UserError(f"cannot be opened ({error})", where=str(path), cure="check the `shards` path") from error
+        raise UserError(f"cannot be read ({error})", where=str(path), cure="check the `shards` path") from error
     except (tarfile.TarError, EOFError, ValueError) as error:
         message = str(error.args[0]) if error.args else type(error).__name__
         raise UserError(
-            f"not a readable shard ({message})", where=str(path), cure="write it again with `salad-lightning prepare`"
+            f"not a readable shard ({message})",
+            where=str(path),
+            cure="unpack it if it is compressed, or write it again with `salad-lightning prepare`",
         ) from error
-
-
-def is_cut_off(path: str | Path) -> bool:
-    """Whether an uncompressed tar lacks the two empty blocks at its end; readers take that for the end of the tar."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":  # gzip
-            return False
-        file.seek(max(file.seek(0, os.SEEK_END) - 1024, 0))
-        return any(file.read())
 
 
 def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
@@ -245,11 +242,13 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
         raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
     if audio.shape[0] == 0:
         raise UserError("the audio is empty", where=where)
-    if not np.isfinite(audio).all():
+    if not _is_finite(audio):
         raise UserError("the audio holds NaN or infinite values", where=where, cure="record or convert it again")
     mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
+    if rate * sample_rate_hz > _MAX_KERNEL * math.gcd(rate, sample_rate_hz) ** 2:
+        raise UserError(f"{rate} Hz is no usual sample rate", where=where, cure=f"convert it to {sample_rate_hz} Hz")
     return resample(mono, rate, sample_rate_hz), sample_rate_hz
 
 
@@ -273,7 +272,7 @@ def parse_words(words: Any, where: str) -> list[TimedWord] | None:
         return None
     try:
         timed = [TimedWord(str(word), float(start), float(end)) for word, start, end in words]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError("`words` must be a list of [word, start_s, end_s]", where=where) from error
     last_start = 0.0
     for word in timed:
@@ -392,13 +391,7 @@ class ShardWriter:
 
 
 def _is_read(name: str) -> bool:
-    """Whether a member of a tar is taken out of it.
-
-    Raises:
-        UserError: For a name that leads out of the archive: whoever made it meant harm.
-    """
-    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-        raise UserError(f"the archive holds {name!r}, a path outside of it", cure="do not use this file")
+    """Whether a member of a tar is taken out of it."""
     extension = name.rpartition("/")[2].partition(".")[2].lower()
     return extension in _READ
 
@@ -408,7 +401,9 @@ def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:
         raise UserError("the sample has no .json", where=where, cure="write shards with `salad-lightning prepare`")
     try:
         record = json.loads(raw.members["json"])
-    except ValueError as error:
+        if b"\\ud" in raw.members["json"].lower():  # half of a surrogate pair is no text, and no tokenizer takes it
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the .json does not parse ({error})", where=where) from error
     if not isinstance(record, dict):
         raise UserError("the .json is not an object", where=where)
@@ -420,9 +415,12 @@ def _parse_encoded(raw: RawSample, about: Any, where: str) -> Encoded | None:
     if extension is None:
         return None
     try:
-        data = np.load(io.BytesIO(raw.members[extension]), allow_pickle=False)
-        return Encoded(_widened(data, extension), str(about["by"]), int(about["num_samples"]))
-    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:
+        data = _widened(_array(raw.members[extension]), extension)
+        num_samples = int(about["num_samples"])
+        if num_samples < 1:
+            raise ValueError(f"of {num_samples} samples")
+        return Encoded(data, str(about["by"]), num_samples)
+    except _NO_ARRAY as error:
         raise UserError(
             f"not what an encoder stored ({error})",
             where=f"{where}.{extension}",
@@ -430,11 +428,34 @@ def _parse_encoded(raw: RawSample, about: Any, where: str) -> Encoded | None:
         ) from error
 
 
+# What damaged .npy headers raise in `numpy.lib.format`, and sizes that are no numbers.
+_NO_ARRAY = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
+
+
+def _array(content: bytes) -> NDArray[Any]:
+    """What `encode_array` wrote, as a view of ``content``: a header cannot ask for more memory than there is data."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"a .npy file of version {version}")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("a pickle")
+    data: NDArray[Any] = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    return data.reshape(shape, order="F" if by_columns else "C")
+
+
 def _widened(data: NDArray[Any], extension: str) -> NDArray[Any]:
     """Shards hold the smallest type that fits; a model takes float32 and int64."""
     if data.ndim < 1 or not len(data) or data.dtype.kind not in {"frames.npy": "f", "codes.npy": "iu"}[extension]:
         raise ValueError(f"an array of type {data.dtype} and shape {data.shape}")
     return data.astype(np.float32 if data.dtype.kind == "f" else np.int64, copy=False)
+
+
+def _is_finite(audio: NDArray[np.float32]) -> bool:
+    # Of all values at once, without a mask of them; finite ones of full scale stay far from the largest float.
+    with np.errstate(all="ignore"):
+        return math.isfinite(float(audio.sum()))
 
 
 @functools.lru_cache(maxsize=16)

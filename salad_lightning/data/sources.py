@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import braceexpand
 
 from salad_lightning.data.documents import DocumentBuilder
+from salad_lightning.data.storage import expand_remote, is_remote
 from salad_lightning.errors import UserError
 
 __all__ = ["Source", "check_sources", "expand_shards", "shard_paths"]
@@ -22,16 +22,21 @@ class Source:
     """A set of shards read with one document builder.
 
     Attributes:
-        shards: A folder, a file, a glob (``train/*.tar``) or braces (``train-{000000..000009}.tar``), or several.
+        shards: A folder, a file, a glob (``train/*.tar``) or braces (``train-{000000..000009}.tar``), or several;
+            local, or at an address (``s3://bucket/train``, ``gs://``, ``https://``) that fsspec reads.
         documents: Builder of documents.
         weight: Share of the *positions* of the mixture, relative to the other sources' weights; training only.
         name: Name in logs; the folder's name by default.
+        max_bad_fraction: Share of the samples, and of the shards, that is skipped and listed where it cannot be used;
+            every reader skips 5 of each in any case, unless this is 0. By default 0.001 in training, and 0 in
+            evaluation, whose results would change with what is left out.
     """
 
     shards: str | list[str]
     documents: DocumentBuilder
     weight: float = 1.0
     name: str = ""
+    max_bad_fraction: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -44,21 +49,25 @@ def shard_paths(source: Source) -> list[str]:
     """Files of a source, sorted.
 
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is a command or an address.
+        UserError: If a path is missing, a folder holds no shard, or a path is a command.
     """
     if not source.shards:
         raise UserError(f"source {source.name!r} lists no shards", where="shards", cure="give a folder of .tar files")
-    return expand_shards(source.shards)
+    return expand_shards(source.shards, remote=True)
 
 
-def expand_shards(shards: str | Sequence[str]) -> list[str]:
+def expand_shards(shards: str | Sequence[str], *, remote: bool = False) -> list[str]:
     """Files that a path stands for, sorted; see `Source.shards`.
 
+    Args:
+        shards: One path or several.
+        remote: Whether addresses are taken.
+
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is a command or an address.
+        UserError: If a path is missing, a folder holds no shard, or a path is a command or an unwanted address.
     """
     patterns = [shards] if isinstance(shards, str) else shards
-    return sorted({path for pattern in patterns for path in _expand(pattern)})
+    return sorted({path for pattern in patterns for path in _expand(pattern, remote)})
 
 
 def check_sources(sources: Sequence[Source], where: str) -> None:
@@ -69,7 +78,7 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
         where: That key, for messages.
 
     Raises:
-        UserError: If there is no source, a weight is not positive, or two sources share a name.
+        UserError: If there is no source, a weight is not positive, a fraction is none, or two sources share a name.
     """
     if not sources:
         raise UserError("there is no source", where=where, cure="list at least one")
@@ -77,14 +86,23 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
     for source in sources:
         if not source.weight > 0:
             raise UserError(f"the weight of source {source.name!r} is {source.weight}", where=where, cure="give > 0")
+        if not 0 <= (source.max_bad_fraction or 0.0) <= 1:
+            raise UserError(
+                f"`max_bad_fraction` of source {source.name!r} is {source.max_bad_fraction}",
+                where=where,
+                cure="give 0 to 1",
+            )
         if names.count(source.name) > 1:
             raise UserError(f"two sources are called {source.name!r}", where=where, cure="give each a `name`")
 
 
-def _expand(pattern: str) -> list[str]:
-    # WebDataset would run `pipe:` in a shell and fetch addresses through one.
-    if re.match(r"[A-Za-z][A-Za-z0-9+]+:", pattern):
-        raise UserError("only local files are read", where=pattern, cure="download the shards or mount their storage")
+def _expand(pattern: str, remote: bool) -> list[str]:
+    if is_remote(pattern):
+        if not remote:
+            raise UserError(
+                "only local files are read here", where=pattern, cure="download the shards or mount their storage"
+            )
+        return [path for address in braceexpand.braceexpand(pattern) for path in expand_remote(address)]
     paths: list[str] = []
     for path in braceexpand.braceexpand(pattern):
         if os.path.isdir(path):

@@ -7,14 +7,15 @@ A stream is a function of seed, world size and number of workers. Its position t
     {"rank": 0, "worker": 0, "sources": {name: {"epoch", "shard", "sample", "taken", "positions"}}, "done": [0, 2, 3]}
 
 ``sources`` is where the stream stood before it drew the oldest document that was not yet in a batch, and ``done``
-numbers the documents since then that were. Restoring reads again from the start of one block of each source.
+numbers the documents since then that were. Restoring reads again from the start of one block of each source. A sample
+that cannot be used gives no document, today and when it is read again, so what is skipped changes no position.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -22,14 +23,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from salad_lightning.batch import SpeechBatch
 from salad_lightning.data.format import RawSample, Utterance, decode, read_shard
 from salad_lightning.data.packing import PackedRows, collate, pack
+from salad_lightning.data.reader import PastReaders, ShuffledReader
 from salad_lightning.data.segments import Document
 from salad_lightning.data.sources import Source, shard_paths
 from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.tolerance import Tolerance
 from salad_lightning.errors import UserError
 
 __all__ = ["EvaluationStream", "TrainingStream"]
 
 _MAX_FRUITLESS_DRAWS = 10_000
+_MAX_BAD_FRACTION = 0.001  # of training sources that name none
 
 
 class TrainingStream(IterableDataset[SpeechBatch]):
@@ -47,6 +51,8 @@ class TrainingStream(IterableDataset[SpeechBatch]):
         trim: Cut rows after the longest one of a batch.
         states: Positions to resume from, by worker.
         first_worker: Worker whose batch comes first; the loader takes them in turn.
+        past: What other numbers of readers had read, of `past_readers`.
+        skipped: File that lists what cannot be used; see `Tolerance`.
     """
 
     def __init__(
@@ -63,22 +69,26 @@ class TrainingStream(IterableDataset[SpeechBatch]):
         trim: bool = False,
         states: dict[int, dict[str, Any]] | None = None,
         first_worker: int = 0,
+        past: Sequence[dict[str, Any]] = (),
+        skipped: Path | None = None,
     ) -> None:
         self.sources, self.paths = list(sources), [shard_paths(source) for source in sources]
         self.spec, self.rows_per_batch, self.seed = spec, rows_per_batch, seed
         self.rank, self.world_size = rank, world_size
         self.shuffle_block, self.lookahead, self.trim = shuffle_block, lookahead, trim
         self.states, self.first_worker = states or {}, first_worker
+        self.past, self.skipped = past, skipped
 
     def __iter__(self) -> Iterator[SpeechBatch]:
         number, num_workers = _worker()
         worker = (number + self.first_worker) % num_workers
         part, num_parts = self.rank * num_workers + worker, self.world_size * num_workers
         readers = [
-            _ShuffledReader(source.name, paths, self.seed, part, num_parts, self.shuffle_block)
-            for source, paths in zip(self.sources, self.paths, strict=True)
+            self._reader(source, paths, part, num_parts) for source, paths in zip(self.sources, self.paths, strict=True)
         ]
         mixture = _Mixture(self.sources, readers, self.spec, self.seed)
+        if self.past:
+            mixture.positions = [self.past[-1][source.name]["positions"] // num_parts for source in self.sources]
         state = self.states.get(worker)
         if state is not None:
             mixture.restore(state["sources"])
@@ -93,6 +103,19 @@ class TrainingStream(IterableDataset[SpeechBatch]):
                 stream_state={"rank": self.rank, "worker": worker, **_position(packed)},
             )
 
+    def _reader(self, source: Source, paths: list[str], part: int, num_parts: int) -> ShuffledReader:
+        fraction = _MAX_BAD_FRACTION if source.max_bad_fraction is None else source.max_bad_fraction
+        return ShuffledReader(
+            source.name,
+            paths,
+            self.seed,
+            part,
+            num_parts,
+            self.shuffle_block,
+            tolerance=Tolerance(source.name, fraction, self.skipped),
+            past=[PastReaders(layout[source.name]["cursors"]) for layout in self.past],
+        )
+
 
 class EvaluationStream(IterableDataset[SpeechBatch]):
     """One pass over a source: every sample once, in the order of the shards, dealt one by one to (rank, worker).
@@ -106,6 +129,7 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
         rank: This process among ``world_size`` that read different data.
         world_size: Processes.
         lookahead: Documents the packer chooses from.
+        skipped: File that lists what cannot be used, where the source allows such samples; see `Tolerance`.
     """
 
     def __init__(
@@ -118,10 +142,11 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
         rank: int = 0,
         world_size: int = 1,
         lookahead: int = 32,
+        skipped: Path | None = None,
     ) -> None:
         self.source, self.paths, self.spec = source, shard_paths(source), spec
         self.rows_per_batch, self.seed, self.lookahead = rows_per_batch, seed, lookahead
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.skipped = rank, world_size, skipped
 
     def __iter__(self) -> Iterator[SpeechBatch]:
         for packed in pack(self.documents(), self.spec.context, self.rows_per_batch, lookahead=self.lookahead):
@@ -131,19 +156,35 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
         """Documents of this rank's and worker's share, before packing."""
         worker, num_workers = _worker()
         part, num_parts = self.rank * num_workers + worker, self.world_size * num_workers
-        for index, (raw, other) in enumerate(self._paired()):
+        tolerance = Tolerance(self.source.name, self.source.max_bad_fraction or 0.0, self.skipped)
+        for index, (raw, other) in enumerate(self._paired(tolerance)):
             if index % num_parts == part:
-                utterance = self._decode(raw)
-                if other is not None:
-                    utterance = utterance.with_audio_of(self._decode(other))
-                yield from self.source.documents.build(utterance, self.spec, seed=self.seed)
+                tolerance.count("sample")
+                try:
+                    yield from self._build(raw, other)
+                except UserError as error:
+                    tolerance.skip("sample", error, raw.shard, raw.key)
+
+    def _build(self, raw: RawSample, other: RawSample | None) -> list[Document]:
+        utterance = self._decode(raw)
+        if other is not None:
+            utterance = utterance.with_audio_of(self._decode(other))
+        return self.source.documents.build(utterance, self.spec, seed=self.seed)
 
     def _decode(self, raw: RawSample) -> Utterance:
         return decode(raw, source=self.source.name, sample_rate_hz=self.spec.sample_rate_hz)
 
-    def _paired(self) -> Iterator[tuple[RawSample, RawSample | None]]:
+    def _read(self, tolerance: Tolerance) -> Iterator[RawSample]:
+        for path in self.paths:
+            tolerance.count("shard")
+            try:
+                yield from read_shard(path)
+            except UserError as error:
+                tolerance.skip("shard", error, path)
+
+    def _paired(self, tolerance: Tolerance) -> Iterator[tuple[RawSample, RawSample | None]]:
         """Samples, and whose audio they take instead of their own; the first, which takes the last's, comes last."""
-        samples = (raw for path in self.paths for raw in read_shard(path))
+        samples = self._read(tolerance)
         if self.source.documents.control != "shuffled":
             yield from ((raw, None) for raw in samples)
             return
@@ -190,7 +231,7 @@ class _Mixture:
     """Draws documents from several sources so that positions produced follow the weights."""
 
     def __init__(
-        self, sources: Sequence[Source], readers: Sequence[_ShuffledReader], spec: SequenceSpec, seed: int
+        self, sources: Sequence[Source], readers: Sequence[ShuffledReader], spec: SequenceSpec, seed: int
     ) -> None:
         self.sources, self.readers, self.spec, self.seed = sources, readers, spec, seed
         self.positions = [0] * len(sources)
@@ -211,9 +252,7 @@ class _Mixture:
         while True:
             index = min(range(len(self.sources)), key=lambda i: self.positions[i] / self.sources[i].weight)
             source, before, first = self.sources[index], self.state(), ordinal
-            raw, epoch = self.readers[index].next()
-            utterance = decode(raw, source=source.name, sample_rate_hz=self.spec.sample_rate_hz)
-            documents = source.documents.build(utterance, self.spec, seed=self.seed, epoch=epoch)
+            documents = self._documents(index)
             self.positions[index] += sum(document.num_positions for document in documents)
             fruitless = 0 if documents else fruitless + 1
             if fruitless > _MAX_FRUITLESS_DRAWS:
@@ -222,78 +261,17 @@ class _Mixture:
                 yield _Drawn(document, ordinal, first, before)
                 ordinal += 1
 
-
-class _ShuffledReader:
-    """Endless undecoded samples of one source for one of ``num_parts`` readers, epoch by epoch, block by block.
-
-    Shards are shuffled each epoch and dealt out; where there are fewer shards than readers, samples are dealt instead,
-    every reader reading all shards. A block of samples is shuffled in memory.
-    """
-
-    def __init__(self, name: str, paths: list[str], seed: int, part: int, num_parts: int, block_size: int) -> None:
-        self.name, self.paths, self.seed, self.block_size = name, paths, seed, block_size
-        self.part, self.num_parts = part, num_parts
-        self.deal_samples = len(paths) < num_parts
-        self.seek({"epoch": 0, "shard": 0, "sample": 0, "taken": 0})
-
-    def cursor(self) -> dict[str, int]:
-        """Start of the current block, and the samples taken from it."""
-        epoch, shard, sample = self._start
-        return {"epoch": epoch, "shard": shard, "sample": sample, "taken": self._taken}
-
-    def seek(self, cursor: dict[str, int]) -> None:
-        """Go to a cursor; the block is read when the next sample is asked for."""
-        self._start = self._next_start = (cursor["epoch"], cursor["shard"], cursor["sample"])
-        self._taken = cursor["taken"]
-        self._block: list[RawSample] | None = None
-        self._samples: Iterator[tuple[RawSample, tuple[int, int, int]]] | None = None
-
-    def next(self) -> tuple[RawSample, int]:
-        """The next sample, and the epoch it belongs to."""
-        if self._block is None:
-            self._read_block()
-        while self._taken == len(self._block or []):
-            self._start, self._taken = self._next_start, 0
-            self._read_block()
-        assert self._block is not None
-        self._taken += 1
-        return self._block[self._taken - 1], self._start[0]
-
-    def _read_block(self) -> None:
-        epoch = self._start[0]
-        if self._samples is None:
-            self._samples = self._read(*self._start)
-        block: list[RawSample] = []
-        self._next_start = (epoch + 1, 0, 0)
-        for raw, after in self._samples:
-            block.append(raw)
-            if len(block) == self.block_size:
-                self._next_start = after
-                break
-        else:
-            self._samples = None
-        random.Random(f"{self.seed}/{self.name}/{self._start}/{self.part}").shuffle(block)
-        self._block = block
-
-    def _read(
-        self, epoch: int, first_shard: int, first_sample: int
-    ) -> Iterator[tuple[RawSample, tuple[int, int, int]]]:
-        order = list(self.paths)
-        random.Random(f"{self.seed}/{self.name}/{epoch}").shuffle(order)
-        if not self.deal_samples:
-            order = order[self.part :: self.num_parts]
-        seen = first_shard + first_sample
-        for shard in range(first_shard, len(order)):
-            for sample, raw in enumerate(read_shard(order[shard])):
-                seen += 1
-                if shard == first_shard and sample < first_sample:
-                    continue
-                # Turning with shard and epoch: no reader is always left without a sample of small shards.
-                if self.deal_samples and (sample + shard + epoch) % self.num_parts != self.part:
-                    continue
-                yield raw, (epoch, shard, sample + 1)
-        if not seen:
-            raise UserError("the shards hold no sample", where=", ".join(order[:3]), cure="write them again")
+    def _documents(self, index: int) -> list[Document]:
+        """Of the next sample of a source; none if it cannot be used."""
+        source, reader = self.sources[index], self.readers[index]
+        raw, epoch = reader.next()
+        reader.tolerance.count("sample")
+        try:
+            utterance = decode(raw, source=source.name, sample_rate_hz=self.spec.sample_rate_hz)
+            return source.documents.build(utterance, self.spec, seed=self.seed, epoch=epoch)
+        except UserError as error:
+            reader.tolerance.skip("sample", error, raw.shard, raw.key)
+            return []
 
 
 def _worker() -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,12 +60,13 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedText:
     # The backend itself: no warning on texts longer than the model, which are split later, and several times faster.
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     first, last = [], []
+    length = len(text)
     for start, stop in encoding.offsets:
         # Some tokenizers trim white space from offsets and leave a token of nothing else empty.
-        end = max(min(stop, len(text)) - 1, min(start, len(text) - 1), 0)
+        end = stop - 1 if start < stop <= length else max(min(stop, length) - 1, min(start, length - 1), 0)
         while start < end and text[start].isspace():
             start += 1
-        first.append(min(start, end))
+        first.append(start if start < end else end)
         last.append(end)
     ids = np.asarray(encoding.ids, dtype=np.int64)
     # Byte-level pieces of one character share its offset; the order is kept in any case.
@@ -84,7 +84,7 @@ def spoken_units(text: str, words: Sequence[TimedWord], tokens: TokenizedText) -
     Returns:
         Units that cover all tokens in order, or None where the words do not spell the text.
     """
-    spelled = [(letter, index) for index, char in enumerate(text) for letter in _letters(char)]
+    spelled, places = _spelled(text)
     starts: list[int] = []  # character where each entry's share of the text begins
     times: list[TimedWord] = []
     position = 0
@@ -92,10 +92,9 @@ def spoken_units(text: str, words: Sequence[TimedWord], tokens: TokenizedText) -
         letters = _letters(word.word)
         if not letters:  # some aligners report pauses as empty words
             continue
-        part = spelled[position : position + len(letters)]
-        if [letter for letter, _ in part] != letters:
+        if not spelled.startswith(letters, position):
             return None
-        starts.append(_boundary(text, spelled[position - 1][1], part[0][1]) if position else 0)
+        starts.append(_boundary(text, places[position - 1], places[position]) if position else 0)
         times.append(word)
         position += len(letters)
     if position != len(spelled) or not times:
@@ -103,8 +102,17 @@ def spoken_units(text: str, words: Sequence[TimedWord], tokens: TokenizedText) -
     return _group(starts, times, tokens)
 
 
-def _letters(text: str) -> list[str]:
-    return [letter for letter in text.casefold() if letter.isalnum()]
+def _letters(text: str) -> str:
+    folded = text.casefold()
+    return folded if folded.isalnum() else "".join(filter(str.isalnum, folded))
+
+
+def _spelled(text: str) -> tuple[str, list[int]]:
+    """The letters of a text, and which character each comes from: some fold to several."""
+    if text.isascii():
+        return _letters(text), [index for index, char in enumerate(text) if char.isalnum()]
+    parts = [_letters(char) for char in text]
+    return "".join(parts), [index for index, part in enumerate(parts) for _ in part]
 
 
 def _boundary(text: str, last: int, first: int) -> int:
@@ -114,21 +122,22 @@ def _boundary(text: str, last: int, first: int) -> int:
 
 def _group(starts: list[int], times: list[TimedWord], tokens: TokenizedText) -> list[Unit]:
     """Units from the words' first characters: words joined by a token that covers parts of both are one unit."""
-    first_word = [bisect.bisect_right(starts, char) - 1 for char in tokens.first_char.tolist()]
-    last_word = [bisect.bisect_right(starts, char) - 1 for char in tokens.last_char.tolist()]
+    firsts = np.searchsorted(starts, tokens.first_char, side="right") - 1
+    lasts = np.searchsorted(starts, tokens.last_char, side="right") - 1
     joined = [False] * len(times)  # joined[w]: word w hangs together with word w - 1
-    for first, last in zip(first_word, last_word, strict=True):
-        for word in range(first + 1, last + 1):
+    for token in np.flatnonzero(firsts < lasts).tolist():
+        for word in range(firsts[token] + 1, lasts[token] + 1):
             joined[word] = True
     # A word none of whose characters ends a token cannot stand alone.
-    owners = set(last_word)
+    owners = set(lasts.tolist())
+    stops = np.searchsorted(lasts, np.arange(len(times)), side="right").tolist()
     for word in range(len(times)):
         if word not in owners:
             joined[min(word + 1, len(times) - 1)] = True
     units: list[Unit] = []
     for word, timed in enumerate(times):
         count = max(len(timed.word.split()), 1)
-        stop = bisect.bisect_right(last_word, word)
+        stop = stops[word]
         if units and joined[word]:
             before = units[-1]
             units[-1] = Unit(before.first_token, stop, before.start_s, timed.end_s, before.num_words + count)

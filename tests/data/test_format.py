@@ -137,7 +137,7 @@ def test_a_tar_cut_between_two_members_is_not_whole(tmp_path):
     read = []
     with pytest.raises(UserError, match="cut off"):
         read.extend(raw.key for raw in read_shard(path))
-    assert read == ["speech000000", "speech000001"]
+    assert read == ["speech000000"]  # of the second, a member may be missing
 
 
 @pytest.mark.parametrize("name", ["/etc/harm.json", "../harm.json", "a/../../harm.json", "a\\..\\harm.json"])
@@ -191,3 +191,49 @@ def test_the_same_message_for_the_same_fault():
         messages.add(str(error.value))
     assert len(messages) == 1
     assert "0x" not in messages.pop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a" * 5000 + ".json"}, "a name of 5005 bytes"),
+        ({"name": "k\udcff.json"}, "not UTF-8"),
+        ({"type": tarfile.GNUTYPE_SPARSE}, "sparse|damaged"),
+        ({"pax_headers": {"size": str(2**40)}}, "claims 1099511627776 bytes"),
+        ({"pax_headers": {"size": "-1024"}}, "claims -1024 bytes|damaged|backwards|not a readable"),
+    ],
+)
+def test_absurd_members_are_refused(tmp_path, changes, message):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as tar:
+        member = tarfile.TarInfo(changes.pop("name", "k.json"))
+        member.size = 2
+        for name, value in changes.items():
+            setattr(member, name, value)
+        tar.addfile(member, io.BytesIO(b"{}"))
+    with pytest.raises(UserError, match=message) as error:
+        list(read_shard(tmp_path / "x.tar"))
+    assert error.value.where == str(tmp_path / "x.tar")
+
+
+def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
+    """Python's own reader, and WebDataset with it, gives the samples before it and says nothing."""
+    save_speech_shards(tmp_path, num_samples=4)
+    (path,) = tmp_path.glob("*.tar")
+    with tarfile.open(path) as tar:
+        third = next(member for member in tar.getmembers() if member.name.startswith("speech000002"))
+    content = bytearray(path.read_bytes())
+    content[third.offset] ^= 1
+    path.write_bytes(content)
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == 4
+    with pytest.raises(UserError, match="damaged"):
+        list(read_shard(path))
+
+
+def test_pickled_frames_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    record = json.dumps({"text": "a", "encoded": {"by": "x", "num_samples": 3}}).encode()
+    path = _shard_with(tmp_path, {"k.json": record, "k.codes.npy": buffer.getvalue()})
+    with pytest.raises(UserError, match="a pickle"):
+        [decode(raw, source="s", sample_rate_hz=16_000) for raw in read_shard(path)]

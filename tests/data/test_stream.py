@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from salad_lightning.data.format import ShardWriter
 from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.reader import ShuffledReader
 from salad_lightning.data.sources import Source, check_sources, shard_paths
 from salad_lightning.data.spec import SequenceSpec
-from salad_lightning.data.stream import EvaluationStream, TrainingStream, _ShuffledReader
+from salad_lightning.data.stream import EvaluationStream, TrainingStream
 from salad_lightning.data.template import TemplateDocuments
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_choice_shards, save_speech_shards, save_text_shards
@@ -66,7 +67,7 @@ def test_every_sample_once_an_epoch_over_all_readers(tmp_path_factory, num_parts
     paths = shard_paths(Source(str(folder), InterleaveDocuments()))
     seen = collections.defaultdict(list)
     for part in range(num_parts):
-        reader = _ShuffledReader("t", paths, 0, part, num_parts, block)
+        reader = ShuffledReader("t", paths, 0, part, num_parts, block)
         raw, epoch = reader.next()
         while epoch < 2:
             seen[epoch].append(raw.key)
@@ -80,7 +81,7 @@ def test_order_depends_on_the_seed_and_blocks_mix_shards(shards):
     paths = shard_paths(Source(str(shards["speech"]), InterleaveDocuments()))
     orders = []
     for seed in (0, 0, 1):
-        reader = _ShuffledReader("s", paths, seed, 0, 1, 20)
+        reader = ShuffledReader("s", paths, seed, 0, 1, 20)
         orders.append([reader.next()[0].key for _ in range(40)])
     assert orders[0] == orders[1] != orders[2]
     assert len({key[:-1] for key in orders[0][:5]}) > 1
@@ -89,13 +90,13 @@ def test_order_depends_on_the_seed_and_blocks_mix_shards(shards):
 @pytest.mark.parametrize("num_parts", [1, 3, 12])
 def test_a_reader_goes_on_from_any_cursor(shards, num_parts):
     paths = shard_paths(Source(str(shards["speech"]), InterleaveDocuments()))
-    reader = _ShuffledReader("s", paths, 0, num_parts - 1, num_parts, 6)
+    reader = ShuffledReader("s", paths, 0, num_parts - 1, num_parts, 6)
     cursors, drawn = [], []
     for _ in range(60):
         cursors.append(json.loads(json.dumps(reader.cursor())))
         drawn.append((reader.next()[0].key, reader.cursor()["epoch"]))
     for position in range(0, 50, 7):
-        other = _ShuffledReader("s", paths, 0, num_parts - 1, num_parts, 6)
+        other = ShuffledReader("s", paths, 0, num_parts - 1, num_parts, 6)
         other.seek(cursors[position])
         assert [(other.next()[0].key, other.cursor()["epoch"]) for _ in range(10)] == drawn[position : position + 10]
 
@@ -123,17 +124,23 @@ def test_epochs_draw_new_spans(shards, make_spec):
     assert np.mean([len(draws) for draws in spans.values()]) > 1.5
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create:UserWarning"
+)  # more workers than some machine has cores
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stop", [1, 4, 9])
-def test_resumes_exactly_after_the_batch_trained_on(sources, make_spec, num_workers, stop):
+def test_resumes_exactly_after_the_batch_trained_on(sources, make_spec, num_workers, stop, rank, world_size):
     spec = make_spec()
     kwargs = {"batch_size": None, "num_workers": num_workers}
-    batches = _take(DataLoader(_stream(sources, spec), **kwargs), stop + 6)
+    place = {"rank": rank, "world_size": world_size}
+    batches = _take(DataLoader(_stream(sources, spec, **place), **kwargs), stop + 6)
     states, last = {}, -1
     for batch in batches[:stop]:  # what SpeechDataModule.note_trained does
         last = batch.stream_state["worker"]
         states[last] = json.loads(json.dumps(batch.stream_state))
-    resumed = _stream(sources, spec, states=states, first_worker=(last + 1) % max(num_workers, 1))
+        assert len(json.dumps(batch.stream_state)) < 2000
+    resumed = _stream(sources, spec, **place, states=states, first_worker=(last + 1) % max(num_workers, 1))
     for expected, batch in zip(batches[stop:], _take(DataLoader(resumed, **kwargs), 6), strict=True):
         assert _equal(expected, batch)
 
@@ -236,8 +243,8 @@ def test_folders_globs_braces_and_lists_name_the_same_shards(shards):
         ("{tmp}/none", "does not exist"),
         ("{tmp}/x-*.tar", "no shard matches"),
         ("{tmp}", "holds no .tar"),
-        ("pipe:cat x.tar", "only local files"),
-        ("https://host/x.tar", "only local files"),
+        ("pipe:cat x.tar", "pipe: is not read"),
+        ("zip://x.tar::https://host/x.zip", "zip: is not read"),
     ],
 )
 def test_missing_shards_are_named(tmp_path, pattern, message):

@@ -1,0 +1,246 @@
+"""How fast batches are made, beside what reading and decoding alone would allow and beside plain WebDataset.
+
+One process, one thread, the same shards for all. Rates are per second of processor time, which is per core.
+
+Run by: python -m benchmarks.stream --utterances 2000 --seconds 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import webdataset
+from transformers import PreTrainedTokenizerFast
+
+from salad_lightning.data.format import ShardWriter, decode_audio, encode_array, encode_flac, read_shard
+from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.packing import pad
+from salad_lightning.data.sources import Source
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.stream import TrainingStream
+from salad_lightning.data.tokens import tokenize
+from salad_lightning.demo.report import environment
+from salad_lightning.testing.shards import random_text, speak_tones
+from salad_lightning.testing.tiny import save_tiny_tokenizer
+
+RATE_HZ, HOP = 16_000, 1280
+CONTEXT, ROWS = 2048, 8
+CODEBOOKS, FRAME_SIZE = 8, 512
+PEERS = {"e": "lhotse", "f": "datasets"}
+
+
+class Rate(NamedTuple):
+    """What was made in a stretch of processor time."""
+
+    samples: int
+    positions: int
+    core_s: float
+    fill: float = math.nan
+
+
+def main() -> int:
+    """Make the shards, measure, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--utterances", type=int, default=2000, help="in the shards, about 12 s each")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of processor time for each measurement")
+    parser.add_argument("--memory-samples", type=int, default=0, help="samples to watch the memory over; 0 for none")
+    parser.add_argument("--parameters", type=float, default=3e9, help="of the LLM, for the table of workers")
+    parser.add_argument("--peak-flops", type=float, default=989e12, help="of a GPU; an H100's or H200's in bf16")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/stream"), help="folder of the result")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        mean_s = write_shards(root, args.utterances)
+        spec = sequence_spec(root)
+        measurements: dict[str, Callable[[], Iterator[tuple[int, int, float]]]] = {
+            "a: tars read, nothing decoded": lambda: tars(root / "audio"),
+            "b: decoding alone": lambda: decoding(root / "audio"),
+            "c: packed batches from audio": lambda: batches(root / "audio", spec),
+            "c: packed batches from stored frames": lambda: batches(root / "frames", spec),
+            "c: packed batches from stored codes": lambda: batches(root / "codes", spec),
+            "d: WebDataset, padded batches": lambda: plain_webdataset(root / "audio", spec),
+        }
+        rates = {name: measure(make(), args.seconds) for name, make in measurements.items()}
+        memory = watch_memory(batches(root / "audio", spec), args.memory_samples)
+    a_sample = rates["c: packed batches from audio"]
+    rows = {name: row(rate, mean_s, a_sample.positions / a_sample.samples) for name, rate in rates.items()}
+    floor, ours = rows["b: decoding alone"], rows["c: packed batches from audio"]
+    result = {
+        "utterances": args.utterances,
+        "mean_seconds": round(mean_s, 2),
+        "rates": rows,
+        "of_decode_floor": round(ours["samples_per_core_s"] / floor["samples_per_core_s"], 3),
+        "not_measured": {f"{key}: {package}": not_measured(package) for key, package in PEERS.items()},
+        "resident_mb_over_samples": memory,
+        "workers": workers_table(rows, args.parameters, args.peak_flops),
+        **environment(),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "stream.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def write_shards(root: Path, num_utterances: int) -> float:
+    """The same utterances as FLAC, as frames and as codes of an encoder; returns their mean duration in seconds."""
+    rng, noise, total = random.Random(0), np.random.default_rng(0), 0
+    with contextlib.ExitStack() as stack:
+        kinds = {
+            kind: stack.enter_context(ShardWriter(root / kind, kind, 250)) for kind in ("audio", "frames", "codes")
+        }
+        for number in range(num_utterances):
+            text = random_text(rng, 60)
+            audio, words = speak_tones(text, sample_rate_hz=RATE_HZ, seed=number)
+            total += len(audio)
+            length = frames_of(len(audio))
+            record = {"text": text, "words": words}
+            encoded = {**record, "encoded": {"by": "benchmark", "num_samples": len(audio)}}
+            frames = noise.standard_normal((length, FRAME_SIZE), dtype=np.float32).astype(np.float16)
+            codes = noise.integers(0, 2048, (length, CODEBOOKS), dtype=np.int16)
+            kinds["audio"].write(f"u{number:06d}", record, encode_flac(audio, RATE_HZ))
+            kinds["frames"].write(f"u{number:06d}", encoded, encode_array(frames), "frames.npy")
+            kinds["codes"].write(f"u{number:06d}", encoded, encode_array(codes), "codes.npy")
+    return total / num_utterances / RATE_HZ
+
+
+def frames_of(num_samples: int) -> int:
+    """Frames of 80 ms."""
+    return math.ceil(num_samples / HOP)
+
+
+def sequence_spec(root: Path) -> SequenceSpec:
+    """An encoder of 12.5 Hz and a connector that keeps its frames, one switch embedding on either side."""
+    save_tiny_tokenizer(root / "tokenizer")
+
+    def frame_span(start_s: float, end_s: float) -> tuple[int, int]:
+        last = int(end_s * RATE_HZ / HOP + 1e-3)
+        return min(int(start_s * RATE_HZ / HOP + 1e-3), last), last
+
+    return SequenceSpec(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(root / "tokenizer"),
+        context=CONTEXT,
+        sample_rate_hz=RATE_HZ,
+        causal=True,
+        num_frames=frames_of,
+        frame_span=frame_span,
+        num_positions=lambda frames, words: frames + 2,
+        encoder="benchmark",
+    )
+
+
+def tars(folder: Path) -> Iterator[tuple[int, int, float]]:
+    """Undecoded samples, again and again."""
+    while True:
+        for path in sorted(folder.iterdir()):
+            for _ in read_shard(path):
+                yield 1, 0, math.nan
+
+
+def decoding(folder: Path) -> Iterator[tuple[int, int, float]]:
+    """Recordings that lie in memory, decoded again and again."""
+    contents = [raw.members["flac"] for path in sorted(folder.iterdir())[:1] for raw in read_shard(path)]
+    while True:
+        for content in contents:
+            decode_audio(content, RATE_HZ, "")
+            yield 1, 0, math.nan
+
+
+def batches(folder: Path, spec: SequenceSpec) -> Iterator[tuple[int, int, float]]:
+    """The training stream: a document is a whole utterance, which none of this length overflows."""
+    stream = TrainingStream([Source(str(folder), InterleaveDocuments())], spec, rows_per_batch=ROWS)
+    for batch in stream:
+        yield len(batch.documents), batch.num_positions, batch.num_positions / batch.input_ids_BS.numel()
+
+
+def plain_webdataset(folder: Path, spec: SequenceSpec) -> Iterator[tuple[int, int, float]]:
+    """What WebDataset's own pages show: shuffle, decode, batch, pad; token ids and audio, no spans and no packing."""
+
+    def load(sample: dict[str, Any]) -> tuple[Any, Any]:
+        audio, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        return audio, tokenize(json.loads(sample["json"])["text"], spec.tokenizer).ids
+
+    def collate(samples: list[tuple[Any, Any]]) -> tuple[Any, ...]:
+        audio, ids = zip(*samples, strict=True)
+        return *pad(list(audio)), *pad(list(ids))
+
+    paths = [str(path) for path in sorted(folder.iterdir())]
+    dataset = webdataset.WebDataset(paths, shardshuffle=False).repeat().shuffle(512).map(load)
+    for _, lengths, ids, id_lengths in dataset.batched(16, collation_fn=collate):
+        yield len(lengths), 0, float(id_lengths.sum()) / ids.numel()
+
+
+def measure(items: Iterator[tuple[int, int, float]], seconds: float) -> Rate:
+    """Count for a while, after a first item that fills buffers."""
+    next(items)
+    begin = time.process_time()
+    samples = positions = 0
+    fills = []
+    for count, filled, fill in items:
+        samples, positions = samples + count, positions + filled
+        fills.append(fill)
+        if (elapsed := time.process_time() - begin) > seconds:
+            return Rate(samples, positions, elapsed, float(np.mean(fills)))
+    raise ValueError("the items ended")
+
+
+def row(rate: Rate, mean_s: float, positions_of_a_sample: float) -> dict[str, float]:
+    """A line of the table; where positions are not counted, they are those of our documents of as many samples."""
+    samples = rate.samples / rate.core_s
+    return {
+        "samples_per_core_s": round(samples, 1),
+        "audio_hours_per_core_s": round(samples * mean_s / 3600, 4),
+        "useful_positions_per_core_s": round(rate.positions / rate.core_s or samples * positions_of_a_sample),
+        **({} if math.isnan(rate.fill) else {"fill": round(rate.fill, 4)}),
+    }
+
+
+def not_measured(package: str) -> str:
+    """Why a peer has no line."""
+    return "installed, but has no measurement here" if importlib.util.find_spec(package) else "not installed"
+
+
+def watch_memory(items: Iterator[tuple[int, int, float]], num_samples: int) -> dict[int, float]:
+    """Resident megabytes after every tenth of the samples."""
+    seen, marks = 0, [num_samples * tenth // 10 for tenth in range(1, 11)] if num_samples else []
+    memory = {}
+    for mark in marks:
+        while seen < mark:
+            seen += next(items)[0]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        memory[mark] = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+    return memory
+
+
+def workers_table(rows: dict[str, dict[str, float]], parameters: float, peak_flops: float) -> dict[str, Any]:
+    """Workers that feed GPUs at half their peak: 6 operations a parameter and position, and 2 for the teacher."""
+    positions = 0.5 * peak_flops / (8 * parameters)
+    ours = {name: line["useful_positions_per_core_s"] for name, line in rows.items() if name.startswith("c")}
+    return {
+        "positions_per_second_and_gpu": round(positions),
+        **{
+            f"{gpus} GPUs, {name[3:]}": math.ceil(gpus * positions / rate)
+            for gpus, (name, rate) in itertools.product((1, 8), ours.items())
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
