@@ -50,6 +50,10 @@ COMMANDS = {
         "choose, by misalignment, which texts to speak", "salad_lightning.commands.select", lightning=True
     ),
     "synthesize": Command("turn a manifest of texts into shards of speech", "salad_lightning.corpus.synthesize"),
+    "generate": Command(
+        "let an exported model continue prompts with speech in them", "salad_lightning.commands.generate"
+    ),
+    "export": Command("write a checkpoint as a Hugging Face folder", "salad_lightning.commands.export"),
     "plugins": Command(
         "list the installed encoders, connectors, objectives and synthesizers", "salad_lightning.commands.plugins"
     ),

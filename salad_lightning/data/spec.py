@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerFast
+
+from salad_lightning.interfaces import Connector, Encoder
 
 __all__ = ["SequenceSpec"]
 
@@ -35,6 +38,38 @@ class SequenceSpec:
     encoder: str = ""
 
     @classmethod
+    def of_parts(
+        cls,
+        tokenizer: PreTrainedTokenizerFast,
+        context: int,
+        *,
+        encoder: Encoder,
+        connector: Connector,
+        switch_embeddings: bool,
+        identity: str,
+    ) -> SequenceSpec:
+        """For a speech LLM.
+
+        Args:
+            tokenizer: Of the LLM.
+            context: Positions in a row.
+            encoder: Asked for its rate and its arithmetic.
+            connector: Asked for its arithmetic.
+            switch_embeddings: Whether a span has one position more on either side.
+            identity: `Encoder.identity`, taken before anything cast the encoder.
+        """
+        return cls(
+            tokenizer=tokenizer,
+            context=context,
+            sample_rate_hz=encoder.sample_rate_hz,
+            causal=encoder.causal,
+            num_frames=encoder.output_lengths,
+            frame_span=encoder.frame_span,
+            num_positions=partial(_positions, connector, 2 if switch_embeddings else 0),
+            encoder=identity,
+        )
+
+    @classmethod
     def text_only(cls, tokenizer: PreTrainedTokenizerFast, context: int) -> SequenceSpec:
         """For a model that takes no audio: sources with audio are read as their transcripts."""
         return cls(
@@ -46,6 +81,10 @@ class SequenceSpec:
             frame_span=_no_span,
             num_positions=_no_positions,
         )
+
+
+def _positions(connector: Connector, extra: int, frames: int, words: int) -> int:
+    return connector.output_lengths(frames, num_words=words) + extra
 
 
 def _no_frames(num_samples: int) -> int:

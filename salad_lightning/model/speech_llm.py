@@ -70,6 +70,10 @@ class SpeechLLM(nn.Module):
         """P(· | w): the same M tokens predicted by this model from the plain transcripts."""
         return predict_transcripts(self.llm, batch)
 
+    def embed(self, batch: SpeechBatch) -> Tensor:
+        """Embeddings ``[B, S, D]`` of packed rows: text, with the speech spans in their places."""
+        return self._splice(self.llm.embed(batch.input_ids_BS), batch)[0]
+
     def embed_speech(self, batch: SpeechBatch) -> ConnectorOutput:
         """Embeddings ``[K, T, D]`` of all speech spans, their lengths ``[K]``, and the connector's own losses.
 

@@ -1,4 +1,4 @@
-"""The Stage-I model from its checkpoint alone, and its distillation loss on every probe text."""
+"""The Stage-I model's distillation loss on every probe text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import instantiate_module
 
 from salad_lightning.data.datamodule import SpeechDataModule
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.sources import Source
-from salad_lightning.errors import UserError
-from salad_lightning.registry import load_all
 from salad_lightning.selection.settings import ScoreSettings
-from salad_lightning.training.base import load_checkpoint
-from salad_lightning.training.handover import check_not_decayed
-from salad_lightning.training.speech_llm_module import SpeechLLMModule
+from salad_lightning.training.from_checkpoint import module_of
 
-__all__ = ["TextLoss", "distillation_losses", "load_stage1"]
+__all__ = ["TextLoss", "distillation_losses"]
 
 
 class TextLoss(NamedTuple):
@@ -36,30 +31,6 @@ class TextLoss(NamedTuple):
     num_tokens: int
 
 
-def load_stage1(path: str, *, allow_decayed: bool = False) -> SpeechLLMModule:
-    """The module that wrote a checkpoint, as its saved hyperparameters say; weights come with `Trainer.predict`.
-
-    Args:
-        path: Of the checkpoint.
-        allow_decayed: Take one whose learning rate has decayed.
-
-    Raises:
-        UserError: If it is no checkpoint of a speech LLM, or has decayed.
-    """
-    checkpoint = load_checkpoint(path, weights_only=True)
-    if not allow_decayed:
-        check_not_decayed(checkpoint, path)
-    settings = dict(checkpoint.get("hyper_parameters", {}))
-    if "encoder" not in settings or "objective" not in settings:
-        cure = "give score.checkpoint the pre_decay.ckpt of a Stage-I run"
-        raise UserError("not a checkpoint of a speech LLM", where=path, cure=cure)
-    settings.pop("_instantiator", None)
-    settings["init_from"] = None  # what it began from matters no more
-    load_all()  # its parts may be plugins
-    module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
-    return module
-
-
 def distillation_losses(settings: ScoreSettings, shards: Path, folder: Path) -> dict[str, TextLoss]:
     """Loss of every text that was spoken, by key.
 
@@ -70,7 +41,7 @@ def distillation_losses(settings: ScoreSettings, shards: Path, folder: Path) -> 
         shards: Folder of the probes.
         folder: An existing folder for ``predictions.jsonl``.
     """
-    module = load_stage1(settings.checkpoint, allow_decayed=settings.allow_decayed)
+    module = module_of(settings.checkpoint, allow_decayed=settings.allow_decayed)
     documents = InterleaveDocuments(text_words=settings.text_words, speech_words=settings.speech_words)
     data = SpeechDataModule(
         test=[Source(str(shards), documents, name="probe")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import torch
@@ -124,15 +123,13 @@ class SpeechLLMModule(TokenLossModule):
         encoder, connector = self._parts
         # Once, before the strategy casts or moves the encoder.
         self._encoder_identity = self._encoder_identity or encoder.identity()
-        return SequenceSpec(
-            tokenizer=self._tokenizer,
-            context=self._context,
-            sample_rate_hz=encoder.sample_rate_hz,
-            causal=encoder.causal,
-            num_frames=encoder.output_lengths,
-            frame_span=encoder.frame_span,
-            num_positions=partial(_num_positions, connector, 2 if self._switch else 0),
-            encoder=self._encoder_identity,
+        return SequenceSpec.of_parts(
+            self._tokenizer,
+            self._context,
+            encoder=encoder,
+            connector=connector,
+            switch_embeddings=self._switch,
+            identity=self._encoder_identity,
         )
 
     def parameter_rates(self) -> dict[str, tuple[float, list[tuple[str, nn.Parameter]]]]:
@@ -277,7 +274,3 @@ class SpeechLLMModule(TokenLossModule):
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         taken, step = len(checkpoint["state_dict"]), checkpoint.get("global_step", 0)
         rank_zero_info(f"{taken} weights taken from {path} (step {step}); the optimizer starts afresh")
-
-
-def _num_positions(connector: Connector, extra: int, frames: int, words: int) -> int:
-    return connector.output_lengths(frames, num_words=words) + extra

@@ -19,8 +19,10 @@ from salad_lightning.model.speech_llm import predict_transcripts
 from salad_lightning.selection.intelligibility import CTCRecognizer, character_error_rates, spelled
 from salad_lightning.selection.score import Probe, cluster_score, mean_and_error, shrink
 from salad_lightning.selection.settings import ScoreSettings
-from salad_lightning.selection.stage1 import TextLoss, check_not_decayed, distillation_losses, load_stage1
+from salad_lightning.selection.stage1 import TextLoss, distillation_losses
 from salad_lightning.testing.shards import save_speech_shards, speak_tones
+from salad_lightning.training.from_checkpoint import module_of
+from salad_lightning.training.handover import check_not_decayed
 
 
 def test_the_error_is_that_of_resampled_texts():
@@ -112,7 +114,7 @@ def test_losses_are_those_of_a_plain_loop_in_float64(stage1, tmp_path):
         str(stage1 / "pre_decay.ckpt"), text_words=(1, 2), speech_words=(2, 4), rows_per_batch=2, accelerator="cpu"
     )
     ours = distillation_losses(settings, shards, tmp_path)
-    module = load_stage1(settings.checkpoint)
+    module = module_of(settings.checkpoint)
     module.configure_model()
     weights = torch.load(settings.checkpoint, weights_only=True)["state_dict"]
     assert set(weights) <= set(module.state_dict())
@@ -152,7 +154,7 @@ def test_a_rate_that_is_still_warming_up_has_not_decayed():
 def test_another_kind_of_checkpoint(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": {"llm": "x"}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of a speech LLM"):
-        load_stage1(str(tmp_path / "x.ckpt"))
+        module_of(str(tmp_path / "x.ckpt"))
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from salad_lightning.errors import UserError
 from salad_lightning.evaluation.gap import measure
 from salad_lightning.model.llm import load_language_model
 from salad_lightning.model.speech_llm import predict_transcripts
-from salad_lightning.selection.stage1 import load_stage1
 from salad_lightning.testing.runs import save_tiny_world
 from salad_lightning.testing.shards import save_speech_shards
+from salad_lightning.training.from_checkpoint import module_of
 from salad_lightning.training.misalignment_monitor import MisalignmentMonitor
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def test_curves_by_cluster_are_those_of_the_checkpoint(world):
     assert {len(values) for values in logged.values()} == {2}  # after steps 2 and 4
     # Once more, from the weights at step 4, by a plain loop.
     path = run.folder / "checkpoints" / "final.ckpt"
-    module = load_stage1(str(path), allow_decayed=True)
+    module = module_of(str(path), allow_decayed=True)
     module.configure_model()
     module.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
     module.eval()

@@ -1,0 +1,19 @@
+"""Trained models as Hugging Face folders: importing this registers ``salad`` with transformers' auto classes."""
+
+from __future__ import annotations
+
+from salad_lightning.export.config import SaladConfig
+from salad_lightning.export.folder import save_llm, save_speech_llm
+from salad_lightning.export.modeling import SaladForConditionalGeneration
+from salad_lightning.export.pretrained import SpeechLanguageModel, load_pretrained
+from salad_lightning.export.processor import SaladProcessor
+
+__all__ = [
+    "SaladConfig",
+    "SaladForConditionalGeneration",
+    "SaladProcessor",
+    "SpeechLanguageModel",
+    "load_pretrained",
+    "save_llm",
+    "save_speech_llm",
+]

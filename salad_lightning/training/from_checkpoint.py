@@ -1,0 +1,75 @@
+"""A speech LLM from its checkpoint alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lightning.pytorch.cli import instantiate_module
+
+from salad_lightning.errors import UserError
+from salad_lightning.registry import load_all
+from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.handover import check_not_decayed
+from salad_lightning.training.speech_llm_module import SpeechLLMModule
+
+__all__ = ["Trained", "module_of", "trained_module"]
+
+
+class Trained(NamedTuple):
+    """A trained module.
+
+    Attributes:
+        module: With its weights, in eval mode, on the CPU.
+        settings: The hyperparameters it was built from.
+        step: Optimizer steps it was trained for.
+    """
+
+    module: SpeechLLMModule
+    settings: dict[str, Any]
+    step: int
+
+
+def module_of(path: str, *, allow_decayed: bool = False) -> SpeechLLMModule:
+    """The module that wrote a checkpoint, as its saved hyperparameters say; weights come with `Trainer.predict`.
+
+    Args:
+        path: Of the checkpoint.
+        allow_decayed: Take one whose learning rate has decayed.
+
+    Raises:
+        UserError: If it is no checkpoint of a speech LLM, or has decayed.
+    """
+    checkpoint = load_checkpoint(path, weights_only=True)
+    if not allow_decayed:
+        check_not_decayed(checkpoint, path)
+    return _build(checkpoint, path)
+
+
+def trained_module(path: str) -> Trained:
+    """The module that wrote a checkpoint, with its weights.
+
+    Args:
+        path: Of the checkpoint; its LLM must be where it was trained from.
+
+    Raises:
+        UserError: If it is no checkpoint of a speech LLM, or the weights do not fit.
+    """
+    checkpoint = load_checkpoint(path, weights_only=True)
+    module = _build(checkpoint, path)
+    module.configure_model()
+    module.check_weights(checkpoint, path)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    module.eval()
+    return Trained(module, checkpoint["hyper_parameters"], int(checkpoint.get("global_step", 0)))
+
+
+def _build(checkpoint: dict[str, Any], path: str) -> SpeechLLMModule:
+    settings = dict(checkpoint.get("hyper_parameters", {}))
+    if "encoder" not in settings or "objective" not in settings:
+        cure = "give one that `fit` of a SpeechLLMModule wrote, such as the pre_decay.ckpt of a Stage-I run"
+        raise UserError("not a checkpoint of a speech LLM", where=path, cure=cure)
+    settings.pop("_instantiator", None)
+    settings["init_from"] = None  # what it began from matters no more
+    load_all()  # its parts may be plugins
+    module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
+    return module
