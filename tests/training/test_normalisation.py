@@ -203,6 +203,7 @@ def two_processes(work):
     assert codes == [0, 0]
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("strategy", ["ddp", "fully sharded"])
 def test_two_processes_take_the_same_steps_as_one(world, rows, reference, strategy):
     """Rank 1 has text alone, so its connector hears nothing, and ten times the tokens of rank 0."""
@@ -222,6 +223,7 @@ def test_two_processes_take_the_same_steps_as_one(world, rows, reference, strate
     assert_same_gradients(torch.load(world.folder / f"{name}.pt"), reference[0], rel=1e-4)
 
 
+@pytest.mark.own_process
 def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
     """Through the command line, with frozen weights, the gap measured, and clipping."""
     overlay = world.folder / "sharded.yaml"
