@@ -23,7 +23,7 @@ from human_digits_tasks import DIGITS, TASKS, Item, digit_items, draw_item
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from salad_lightning.data.format import decode_audio
+from salad_lightning.data.audio import decode_audio
 from salad_lightning.demo.encoder_training import train_encoder
 from salad_lightning.errors import UserError
 from salad_lightning.testing.tiny import save_tiny_tokenizer

@@ -29,9 +29,12 @@ import torch
 import webdataset
 from transformers import PreTrainedTokenizerFast
 
-from salad_lightning.data.format import ShardWriter, decode_audio, encode_array, encode_flac, read_shard
+from salad_lightning.data.arrays import encode_array
+from salad_lightning.data.audio import decode_audio, encode_flac
+from salad_lightning.data.format import read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.packing import pad
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import TrainingStream

@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from salad_lightning.corpus.length_batches import length_batches
 from salad_lightning.corpus.output_folder import INDEX, PARTIAL, replaceable, sha256_of
 from salad_lightning.corpus.workspace import write_aside
-from salad_lightning.data.format import ShardWriter, Utterance, decode, encode_array, read_shard
+from salad_lightning.data.arrays import encode_array
+from salad_lightning.data.format import Utterance, decode, read_shard
 from salad_lightning.data.packing import pad
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import expand_shards
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Encoder

@@ -21,7 +21,9 @@ from salad_lightning.corpus.rules import Rejection, Rules
 from salad_lightning.corpus.sound import active_range, with_level
 from salad_lightning.corpus.split import Segment, split_at_pauses
 from salad_lightning.corpus.workspace import write_aside
-from salad_lightning.data.format import TIME_SLACK_S, ShardWriter, decode_audio, encode_flac, parse_words
+from salad_lightning.data.audio import decode_audio, encode_flac
+from salad_lightning.data.format import TIME_SLACK_S, parse_words
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import TimedWord
 

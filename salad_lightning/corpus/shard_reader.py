@@ -10,15 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from salad_lightning.corpus.split import spells
-from salad_lightning.data.format import (
-    AUDIO_EXTENSIONS,
-    TIME_SLACK_S,
-    RawSample,
-    Utterance,
-    decode,
-    decode_audio,
-    read_shard,
-)
+from salad_lightning.data.audio import decode_audio
+from salad_lightning.data.format import AUDIO_EXTENSIONS, TIME_SLACK_S, RawSample, Utterance, decode, read_shard
 from salad_lightning.errors import UserError
 
 __all__ = ["ShardFacts", "load_tokenizer", "read_facts"]

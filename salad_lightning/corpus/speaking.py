@@ -21,7 +21,7 @@ from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.rules import Rejection
 from salad_lightning.corpus.shard_maker import write_shard
 from salad_lightning.corpus.workspace import write_aside
-from salad_lightning.data.format import encode_flac
+from salad_lightning.data.audio import encode_flac
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Speech, Synthesizer
 from salad_lightning.registry import load_all

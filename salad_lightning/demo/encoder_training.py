@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from salad_lightning.data.format import resample
+from salad_lightning.data.audio import resample
 from salad_lightning.demo.speech import SAMPLE_RATE_HZ, draw_voice
 from salad_lightning.encoders.causal_conv import CausalConvEncoder
 from salad_lightning.synthesizers.espeak import EspeakSynthesizer, TimedPhoneme

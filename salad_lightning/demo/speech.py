@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import soundfile
 import torch
 
-from salad_lightning.data.format import resample
+from salad_lightning.data.audio import resample
 from salad_lightning.demo.world import Question, World
 from salad_lightning.interfaces import TimedWord
 from salad_lightning.synthesizers.espeak import EspeakSynthesizer

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from salad_lightning.data.format import Utterance, decode_audio, resample
+from salad_lightning.data.audio import decode_audio, resample
+from salad_lightning.data.format import Utterance
 from salad_lightning.errors import UserError
 from salad_lightning.export.config import SaladConfig
 from salad_lightning.export.modeling import LLM_FOLDER, find_export

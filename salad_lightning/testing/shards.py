@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from salad_lightning.data.format import ShardWriter, encode_flac
+from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.testing.tiny import SENTENCES
 
 __all__ = ["random_text", "save_choice_shards", "save_speech_shards", "save_text_shards", "speak_tones"]

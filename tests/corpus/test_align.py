@@ -17,7 +17,9 @@ from transformers import (
 
 from salad_lightning import cli
 from salad_lightning.corpus.aligner import CtcAligner
-from salad_lightning.data.format import ShardWriter, decode, encode_flac, read_shard
+from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.testing.shards import save_text_shards, speak_tones
 
 RATE = 8000

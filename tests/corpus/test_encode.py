@@ -18,7 +18,9 @@ import yaml
 
 from salad_lightning.cli import main
 from salad_lightning.corpus.encode import encode_shards
-from salad_lightning.data.format import ShardWriter, decode, encode_array, read_shard
+from salad_lightning.data.arrays import encode_array
+from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.errors import UserError
 from salad_lightning.testing.runs import save_tiny_world

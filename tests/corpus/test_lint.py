@@ -9,7 +9,9 @@ import soundfile
 from salad_lightning import cli
 from salad_lightning.corpus.lint import lint
 from salad_lightning.corpus.prepare import prepare
-from salad_lightning.data.format import ShardWriter, encode_array, encode_flac
+from salad_lightning.data.arrays import encode_array
+from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.testing.shards import save_speech_shards, save_text_shards, speak_tones
 from salad_lightning.testing.tiny import save_tiny_tokenizer
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from salad_lightning.data.format import AUDIO_EXTENSIONS, ShardWriter, decode, decode_audio, encode_flac, read_shard
+from salad_lightning.data.audio import decode_audio, encode_flac
+from salad_lightning.data.format import AUDIO_EXTENSIONS, decode, read_shard
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_speech_shards, speak_tones
 

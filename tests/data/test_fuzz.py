@@ -7,7 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from salad_lightning.data.format import ShardWriter, decode, encode_array, encode_flac, read_shard
+from salad_lightning.data.arrays import encode_array
+from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import speak_tones
 

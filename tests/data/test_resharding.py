@@ -7,9 +7,9 @@ import json
 import pytest
 
 from salad_lightning.data.datamodule import SpeechDataModule
-from salad_lightning.data.format import ShardWriter
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.reader import PastReaders, ShuffledReader
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source, shard_paths
 from salad_lightning.errors import UserError
 

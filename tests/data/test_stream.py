@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from salad_lightning.data.format import ShardWriter
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.reader import ShuffledReader
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source, check_sources, shard_paths
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import EvaluationStream, TrainingStream

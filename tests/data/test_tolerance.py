@@ -11,9 +11,10 @@ import pytest
 import soundfile
 from torch.utils.data import DataLoader
 
+from salad_lightning.data.audio import encode_flac
 from salad_lightning.data.datamodule import SpeechDataModule
-from salad_lightning.data.format import ShardWriter, encode_flac
 from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source
 from salad_lightning.data.stream import EvaluationStream, TrainingStream
 from salad_lightning.data.tolerance import FORGIVEN, Tolerance

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from salad_lightning.data.format import ShardWriter, encode_flac
+from salad_lightning.data.audio import encode_flac
 from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source
 from salad_lightning.data.stream import EvaluationStream
 from salad_lightning.errors import UserError

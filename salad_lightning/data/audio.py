@@ -1,0 +1,95 @@
+"""Audio files in memory: to mono samples at a rate, and to FLAC."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from numpy.typing import NDArray
+
+from salad_lightning.errors import UserError
+
+__all__ = ["MAX_SECONDS", "decode_audio", "encode_flac", "resample"]
+
+MAX_SECONDS = 7200.0
+"""Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
+
+_MAX_VALUES = 500_000_000  # samples times channels: 2 GB
+
+_MAX_KERNEL = 10_000_000  # of rates without a common divisor, the resampler's filter would fill gigabytes
+
+
+def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tuple[NDArray[np.float32], int]:
+    """An audio file's content as mono samples.
+
+    Args:
+        content: Any format soundfile reads.
+        sample_rate_hz: Rate to resample to; None keeps the file's own.
+        where: File or shard and key, for messages.
+
+    Returns:
+        ``[L]`` in [-1, 1], and their rate.
+
+    Raises:
+        UserError: If it cannot be decoded or holds no sample.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = int(file.samplerate)
+            if file.frames > MAX_SECONDS * rate or file.frames * file.channels > _MAX_VALUES:
+                raise UserError(
+                    f"the audio claims {file.frames / rate:.0f} s of {file.channels} channels",
+                    where=where,
+                    cure=f"cut it into pieces of at most {MAX_SECONDS:.0f} s",
+                )
+            audio = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        # Its own text names the buffer in memory, at another address in every run.
+        reason = getattr(error, "error_string", None) or str(error)
+        raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
+    if audio.shape[0] == 0:
+        raise UserError("the audio is empty", where=where)
+    if not _is_finite(audio):
+        raise UserError("the audio holds NaN or infinite values", where=where, cure="record or convert it again")
+    mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    if sample_rate_hz is None or rate == sample_rate_hz:
+        return np.ascontiguousarray(mono), rate
+    if rate * sample_rate_hz > _MAX_KERNEL * math.gcd(rate, sample_rate_hz) ** 2:
+        raise UserError(f"{rate} Hz is no usual sample rate", where=where, cure=f"convert it to {sample_rate_hz} Hz")
+    return resample(mono, rate, sample_rate_hz), sample_rate_hz
+
+
+def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
+    """Audio ``[L]`` at another rate, ``[L']`` (sinc interpolation of torchaudio)."""
+    resampled = _resampler(from_hz, to_hz)(torch.from_numpy(np.ascontiguousarray(audio)))
+    return np.ascontiguousarray(resampled.numpy())
+
+
+def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:
+    """Mono audio ``[L]`` in [-1, 1] as 16-bit FLAC.
+
+    Raises:
+        ValueError: If ``audio`` is empty or has more than one axis.
+    """
+    if audio.ndim != 1 or audio.size == 0:
+        raise ValueError(f"expected audio of shape [L] with L ≥ 1, got {audio.shape}")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _is_finite(audio: NDArray[np.float32]) -> bool:
+    # Of all values at once, without a mask of them; finite ones of full scale stay far from the largest float.
+    with np.errstate(all="ignore"):
+        return math.isfinite(float(audio.sum()))
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(from_hz: int, to_hz: int) -> torchaudio.transforms.Resample:
+    # Its filter kernel costs more than resampling one clip.
+    return torchaudio.transforms.Resample(from_hz, to_hz)
