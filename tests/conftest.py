@@ -8,9 +8,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import random
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,33 +17,6 @@ import torch
 from salad_lightning.registry import INTERFACES
 
 torch.set_num_threads(1)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item, nextitem):
-    """Run a test marked ``own_process`` by a pytest of its own: a fork of this process could hang on a lock."""
-    if item.get_closest_marker("own_process") is None or os.environ.get("SALAD_OWN_PROCESS"):
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", item.nodeid]
-    environment = os.environ | {"SALAD_OWN_PROCESS": "1"}
-    for name in [name for name in environment if name.startswith("PYTEST_")]:
-        del environment[name]
-    begin = time.time()
-    done = subprocess.run(
-        command, cwd=item.config.rootpath, env=environment, capture_output=True, text=True, check=False
-    )
-    stop = time.time()
-    for when in ("setup", "call", "teardown"):
-        failed = when == "call" and done.returncode != 0
-        report = pytest.TestReport(
-            item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed" if failed else "passed",
-            done.stdout + done.stderr if failed else None, when, duration=stop - begin if when == "call" else 0.0,
-            start=begin, stop=stop,
-        )  # fmt: skip
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
 
 
 @pytest.fixture(autouse=True)

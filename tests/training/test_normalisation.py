@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from salad_lightning.cli import main
+import salad_lightning
 from salad_lightning.connectors.mlp import MLPConnector
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
@@ -19,7 +22,7 @@ from salad_lightning.data.packing import collate
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
-from salad_lightning.testing.runs import TinyRun
+from salad_lightning.testing.runs import TinyRun, TinyWorld
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
@@ -175,55 +178,53 @@ def test_clipping_sees_the_mean(world, rows, reference):
 # Two processes
 
 
-def two_processes(work):
-    """Run ``work(rank)`` in two forked processes that Lightning takes for its own; fails on an error or a hang."""
+def two_processes(folder, *command):
+    """Run ``python *command`` as two ranks; fails on an error or a hang."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-
-    def start(rank):
-        os.environ.update(
-            LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        code = 1
-        try:
-            code = work(rank) or 0
-        finally:
-            os._exit(code)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=start, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    # The package under test may be a copy that is not the installed one.
+    package = str(Path(salad_lightning.__file__).parents[1])
+    common = os.environ | {"NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = common | {"LOCAL_RANK": str(rank), "PYTHONPATH": package}
+        with log.open("w") as output:
+            processes.append(
+                subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
-@pytest.mark.own_process
-@pytest.mark.parametrize("strategy", ["ddp", "fully sharded"])
-def test_two_processes_take_the_same_steps_as_one(world, rows, reference, strategy):
+def main_of_rank(folder, name):
+    """What ``python test_normalisation.py FOLDER NAME`` does: train as one of the ranks, and rank 0 keeps gradients."""
+    torch.set_num_threads(1)
+    with open(f"{folder}/rows.pickle", "rb") as file:
+        rows = pickle.load(file)
+    strategy = "ddp" if name == "ddp" else FullyShardedStrategy()
+    gradients, _ = train(TinyWorld(Path(folder)), rows, name, rows_per_batch=2, devices=2, strategy=strategy)
+    full = [[g.full_tensor() if hasattr(g, "full_tensor") else g for g in step] for step in gradients]
+    if os.environ["LOCAL_RANK"] == "0":
+        torch.save(full, f"{folder}/{name}.pt")
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded"])
+def test_two_processes_take_the_same_steps_as_one(world, rows, reference, name):
     """Rank 1 has text alone, so its connector hears nothing, and ten times the tokens of rank 0."""
-    name = f"two-{strategy[:3]}"
-
-    def work(rank):
-        chosen = "ddp" if strategy == "ddp" else FullyShardedStrategy()
-        gradients, _ = train(world, rows, name, rows_per_batch=2, devices=2, strategy=chosen)
-        full = [[g.full_tensor() if hasattr(g, "full_tensor") else g for g in step] for step in gradients]
-        if rank == 0:
-            torch.save(full, world.folder / f"{name}.pt")
-
-    two_processes(work)
+    (world.folder / "rows.pickle").write_bytes(pickle.dumps(rows))
+    two_processes(world.folder, __file__, str(world.folder), name)
     logged = TinyRun(world.folder / name)
     for figure in ("loss", "nll", "kl"):
         assert logged.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
     assert_same_gradients(torch.load(world.folder / f"{name}.pt"), reference[0], rel=1e-4)
 
 
-@pytest.mark.own_process
 def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
     """Through the command line, with frozen weights, the gap measured, and clipping."""
     overlay = world.folder / "sharded.yaml"
@@ -242,13 +243,19 @@ def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
         "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.save_last=true",
     ]
-    two_processes(lambda rank: main(world.arguments("fit", "sharded", *options)))
-    run = TinyRun(world.folder / "sharded")
+    command_line = ("-m", "salad_lightning")
+    two_processes(world.folder, *command_line, *world.arguments("fit", "whole-run", *options))
+    run = TinyRun(world.folder / "whole-run")
     assert len(run.column("train/loss")) == 4
     assert len(run.column("val/speech/misalignment")) == 2
     assert len(run.column("train/forgetting")) == 2
     assert (run.folder / "checkpoints" / "last.ckpt").is_dir()
     halfway = run.folder / "checkpoints" / "epoch=0-step=2.ckpt"
-    two_processes(lambda rank: main([*world.arguments("fit", "sharded-on", *options), f"--ckpt_path={halfway}"]))
-    resumed = TinyRun(world.folder / "sharded-on")
+    going_on = world.arguments("fit", "going-on", *options)
+    two_processes(world.folder, *command_line, *going_on, f"--ckpt_path={halfway}")
+    resumed = TinyRun(world.folder / "going-on")
     assert resumed.column("train/loss") == pytest.approx(run.column("train/loss")[2:], rel=1e-5)
+
+
+if __name__ == "__main__":
+    main_of_rank(*sys.argv[1:])
