@@ -47,8 +47,8 @@ class Size(NamedTuple):
         test_items: Items spoken by each speaker for the test, in each task.
         llm_steps: Optimiser steps of the LLM on text.
         stage1_steps: Optimiser steps of Stage I.
-        encoder_steps: Optimiser steps of the encoder.
-        encoder_clips: Synthetic clips it is trained on, about 5 s each.
+        encoder_steps: Optimiser steps of each fold's encoder.
+        encoder_clips: Synthetic digits it is trained on, beside the human ones.
     """
 
     text_items: int = 12_000
@@ -56,8 +56,8 @@ class Size(NamedTuple):
     test_items: int = 100
     llm_steps: int = 600
     stage1_steps: int = 500
-    encoder_steps: int = 400
-    encoder_clips: int = 700
+    encoder_steps: int = 1_000
+    encoder_clips: int = 3_000
 
 
 def run(data: Path, output: Path, *, test_speaker: str | None = None, seed: int = 0, size: Size | None = None) -> Any:
@@ -96,20 +96,19 @@ def build_steps(
     data: Path, output: Path, speakers: Sequence[str], left_out: Sequence[str], seed: int, size: Size
 ) -> list[Step]:
     """All commands; paths are relative to ``output``, where they run."""
-    salad = [sys.executable, "-m", "salad_lightning"]
+    # The encoder is a class of this folder, not of the package.
+    salad = ["env", f"PYTHONPATH={_HERE}", sys.executable, "-m", "salad_lightning"]
     make = [sys.executable, str(_HERE / "human_digits_corpus.py")]
-    code = tuple(_HERE / f"human_digits_{part}.py" for part in ("corpus", "sound", "tasks"))
+    code = tuple(_HERE / f"human_digits_{part}.py" for part in ("corpus", "sound", "tasks", "encoder", "recognition"))
     seeded, sizes = ["--seed", str(seed)], size._asdict()
 
     def items(kind: str) -> list[str]:
         return ["--items", str(sizes[f"{kind}_items"])]
 
-    encoder = ["--steps", str(size.encoder_steps), "--clips", str(size.encoder_clips), *seeded]
     steps = [
         Step("llm-config", [*make, "llm", "--output", "llm_config"], reads=code, weight=9),
         Step("text", [*make, "text", "--output", "text.jsonl", *items("text"), *seeded], reads=code, weight=10),
         _prepare(salad, "text", ["--text", "text.jsonl"], "shards/text", ("text",)),
-        Step("encoder", [*make, "encoder", "--output", "encoder", *encoder], reads=code, weight=7),
     ]
     for split in ("train", "test"):
         command = [*make, "speech", "--data", str(data), "--split", split, "--output", f"speech/{split}"]
@@ -122,6 +121,9 @@ def build_steps(
     llm = ["--config", str(recipe), "--trainer.max_steps", str(size.llm_steps), "--seed_everything", str(seed)]
     steps.append(Step("llm", [*salad, "fit", *llm], ("llm-config", "prepare-text"), (recipe,), weight=8))
     for name in left_out:
+        command = [*make, "encoder", "--data", str(data), "--without", name, "--output", f"encoders/{name}", *seeded]
+        command += ["--steps", str(size.encoder_steps), "--clips", str(size.encoder_clips)]
+        steps.append(Step(f"encoder-{name}", command, reads=(*code, data / "manifest.tsv"), weight=7))
         steps += _fold(salad, output, name, speakers, seed, size)
     return steps
 
@@ -138,7 +140,7 @@ def _fold(
     configs = [word for recipe in recipes for word in ("--config", str(recipe))]
     configs += ["--trainer.max_steps", str(size.stage1_steps), "--seed_everything", str(seed)]
     heard = tuple(f"prepare-train-{other}" for other in speakers if other != name)
-    after = ("llm", "encoder", "prepare-text", *heard)
+    after = ("llm", f"encoder-{name}", "prepare-text", *heard)
     checkpoint = ["--ckpt_path", f"runs/{name}/checkpoints/last.ckpt"]
     return (
         Step(f"fit-{name}", [*salad, "fit", *configs], after, recipes, weight=5),
@@ -147,7 +149,7 @@ def _fold(
 
 
 def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int, steps: int) -> None:
-    """What differs from one speaker left out to another: the shards, and the run's folder."""
+    """What differs from one speaker left out to another: the encoder, the shards, and the run's folder."""
 
     def source(label: str, shards: Any, weight: float, **settings: Any) -> dict[str, Any]:
         documents = {"class_path": "TemplateDocuments", "init_args": {"template": TEMPLATE, **settings}}
@@ -161,7 +163,9 @@ def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int, s
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"filename": "last", "every_n_train_steps": steps, "enable_version_counter": False},
     }
+    encoder = {"class_path": "human_digits_encoder.ClipConvEncoder", "init_args": {"path": f"encoders/{name}"}}
     content = {
+        "model": {"init_args": {"encoder": encoder}},
         "data": {"init_args": {"train": train, "val": None, "test": test, "seed": seed}},
         "trainer": {"default_root_dir": f"runs/{name}", "callbacks": [checkpoint]},
     }

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
-from human_digits_sound import SAMPLE_RATE_HZ, Voicing, average_spectrum, equalise, narrow, record, vary
+from human_digits_recognition import Spoken, synthetic_digits, train_recognition, trimmed
+from human_digits_sound import SAMPLE_RATE_HZ, Voicing, record, vary
 from human_digits_tasks import DIGITS, TASKS, Item, digit_items, draw_item
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from salad_lightning.data.audio import decode_audio
-from salad_lightning.demo.encoder_training import train_encoder
 from salad_lightning.errors import UserError
 from salad_lightning.testing.tiny import save_tiny_tokenizer
 
@@ -130,17 +130,26 @@ def write_speech(data: Path, split: str, output: Path, *, num_items: int, seed: 
     )
 
 
-def write_encoder(folder: Path, *, steps: int, num_clips: int, seed: int) -> None:
-    """The frozen encoder: it has heard synthetic pseudo-words only, but as if over the recordings' narrow band."""
-    rng = random.Random(f"{seed}/encoder")
+def write_encoder(data: Path, left_out: str, folder: Path, *, steps: int, num_clips: int, seed: int) -> None:
+    """The frozen encoder of one fold: it has heard digits of the other speakers, and synthetic ones.
 
-    def change(audio: NDArray[np.float32]) -> NDArray[np.float32]:
-        voicing = Voicing.draw(rng)._replace(speed=1.0)
-        heard = narrow(audio)
-        changed: NDArray[np.float32] = record(vary(equalise(heard, average_spectrum([heard])), voicing), voicing, rng)
-        return changed
-
-    print(train_encoder(folder, seed=seed, num_clips=num_clips, steps=steps, change=change))
+    Args:
+        data: Folder of the recordings.
+        left_out: Speaker it must not hear.
+        folder: Where to.
+        steps: Optimiser steps.
+        num_clips: Synthetic clips.
+        seed: Of voices, weights and order.
+    """
+    human: dict[str, list[Spoken]] = {}
+    for recording in read_manifest(data):
+        if recording.speaker != left_out:
+            clip = decode_audio(_read(recording.path), SAMPLE_RATE_HZ, str(recording.path))[0]
+            human.setdefault(recording.speaker, []).append((trimmed(clip), recording.digit))
+    loss = train_recognition(
+        folder, list(human.values()), synthetic_digits(num_clips, seed=seed), steps=steps, seed=seed
+    )
+    print(f"encoder that has not heard {left_out}: CTC loss {loss:.3f}")
 
 
 def write_text(output: Path, *, num_items: int, seed: int) -> None:
@@ -181,9 +190,6 @@ def _examples() -> list[Item]:
 def _write_speaker(speaker: str, own: list[Recording], split: str, folder: Path, num_items: int, seed: int) -> float:
     rng = random.Random(f"{seed}/{speaker}/{split}")
     clips = {r.path: decode_audio(_read(r.path), SAMPLE_RATE_HZ, str(r.path))[0] for r in own}
-    # Each speaker has one microphone; what it does to sound is measured on all recordings, without their transcripts.
-    spectrum = average_spectrum(list(clips.values()))
-    clips = {path: equalise(clip, spectrum) for path, clip in clips.items()}
     folder.mkdir(parents=True, exist_ok=True)
     rows, seconds = [], 0.0
     for index, (item, spoken) in enumerate(_draw(split, own, num_items, rng)):
@@ -247,9 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     for piece in (speech, text):
         piece.add_argument("--items", type=int, required=True, metavar="N")
     pieces.add_parser("llm", help="tokenizer and configuration of the tiny LLM")
-    encoder = pieces.add_parser("encoder", help="frozen speech encoder, trained on synthetic pseudo-words")
-    encoder.add_argument("--steps", type=int, default=400)
-    encoder.add_argument("--clips", type=int, default=700)
+    encoder = pieces.add_parser("encoder", help="frozen speech encoder of one fold")
+    encoder.add_argument("--data", type=Path, required=True, help="folder of the recordings")
+    encoder.add_argument("--without", required=True, metavar="NAME", help="speaker it must not hear")
+    encoder.add_argument("--steps", type=int, required=True)
+    encoder.add_argument("--clips", type=int, required=True, help="synthetic digits")
     for name, piece in pieces.choices.items():
         piece.add_argument("--output", type=Path, required=True)
         if name != "llm":
@@ -270,7 +278,8 @@ def main() -> int:
         elif args.piece == "llm":
             write_llm_config(args.output)
         else:
-            write_encoder(args.output, steps=args.steps, num_clips=args.clips, seed=args.seed)
+            sizes = {"steps": args.steps, "num_clips": args.clips, "seed": args.seed}
+            write_encoder(args.data, args.without, args.output, **sizes)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

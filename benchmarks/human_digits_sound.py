@@ -1,28 +1,18 @@
-"""How the benchmark's recordings are made alike, and how training items are made unlike each other."""
+"""How training items of the benchmark are made unlike each other, so that few speakers sound like many."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torchaudio
 from numpy.typing import NDArray
 
-__all__ = ["SAMPLE_RATE_HZ", "Voicing", "average_spectrum", "equalise", "narrow", "record", "vary"]
+__all__ = ["SAMPLE_RATE_HZ", "Voicing", "record", "vary"]
 
 SAMPLE_RATE_HZ = 16_000
-_RECORDED_HZ = 8_000
-_RMS = 0.06
 
 _BANDS_HZ = np.array([0, 100, 200, 300, 450, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000, 3500, 3900, 8000.0])
-_TARGET_DB = -6 * np.log2(np.maximum(_BANDS_HZ, 300) / 300)
-"""6 dB less each octave: about the long-term spectrum of speech."""
-
-_MAX_BOOST_DB = 25.0  # more would bring up nothing but noise
-_WINDOW = 512
 
 
 class Voicing(NamedTuple):
@@ -48,38 +38,6 @@ class Voicing(NamedTuple):
         slope = rng.uniform(-8.0, 8.0)
         bands = tuple(rng.gauss(slope * (hz / 4000 - 0.5), 4.0) for hz in _BANDS_HZ)
         return cls(rng.uniform(0.82, 1.22), bands, 10 ** rng.uniform(-0.2, 0.2), noise)
-
-
-def average_spectrum(clips: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Mean power at each band in dB, relative to 300 Hz, each clip ``[L]`` weighing the same."""
-    power = np.zeros(_WINDOW // 2 + 1)
-    for clip in clips:
-        frames = np.pad(clip, (0, -len(clip) % _WINDOW)).reshape(-1, _WINDOW) * np.hanning(_WINDOW)
-        power += (np.abs(np.fft.rfft(frames)) ** 2).sum(0) / max(float((clip**2).sum()), 1e-9)
-    grid = np.log(np.fft.rfftfreq(_WINDOW, 1 / SAMPLE_RATE_HZ) + 80)
-    weights = np.exp(-0.5 * ((grid - np.log(_BANDS_HZ[:, None] + 80)) / 0.12) ** 2)
-    level: NDArray[np.float64] = 10 * np.log10(weights @ power / weights.sum(1) + 1e-9)
-    return np.asarray(level - level[3])
-
-
-def equalise(clip: NDArray[np.float32], spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
-    """One microphone's recording as any other's: a fixed average spectrum and a fixed loudness.
-
-    Args:
-        clip: ``[L]``.
-        spectrum: `average_spectrum` of all that the microphone recorded; needs no transcript.
-    """
-    gains = np.minimum(_TARGET_DB - spectrum, _MAX_BOOST_DB)
-    gains[-1] = gains[-2]  # nothing was recorded up there
-    flat = _filter(clip, gains)
-    return np.asarray(flat * (_RMS / np.sqrt(np.mean(flat**2) + 1e-9)), dtype=np.float32)
-
-
-def narrow(audio: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same audio without what an 8 kHz recording cannot hold."""
-    low = torchaudio.functional.resample(torch.from_numpy(audio), SAMPLE_RATE_HZ, _RECORDED_HZ)
-    wide = torchaudio.functional.resample(low, _RECORDED_HZ, SAMPLE_RATE_HZ)
-    return np.asarray(wide[: len(audio)].numpy(), dtype=np.float32)
 
 
 def vary(clip: NDArray[np.float32], voicing: Voicing) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,6 @@ def train_encoder(
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     max_seconds: float | None = None,
-    change: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
 ) -> EncoderReport:
     """Train a `CausalConvEncoder` to tell the phonemes spoken before and during each frame, and save it.
 
@@ -84,15 +83,11 @@ def train_encoder(
         batch_size: Clips of 2.4 s in a step.
         learning_rate: Peak; rises over 5 % of the steps and falls to 0 as a cosine.
         max_seconds: Stop early after this time; None never does.
-        change: Applied to the audio of every clip, which keeps its length: for encoders that will hear telephones,
-            noise or other microphones.
     """
     begin = time.perf_counter()
     torch.manual_seed(seed)
     encoder = CausalConvEncoder.from_config(sample_rate_hz=16_000)
     clips = pseudo_word_speech(num_clips, seed=seed)
-    if change is not None:
-        clips = [_Clip(change(clip.audio), clip.phonemes) for clip in clips]
     names = sorted({phoneme.name for clip in clips for phoneme in clip.phonemes})
     audio, targets = _cut(clips, names, encoder)
     num_held_out = max(len(audio) // 20, 1)

@@ -92,19 +92,26 @@ def test_faster_speech_is_shorter_and_higher():
     assert spectrum.argmax() * 16_000 / (end - start) == pytest.approx(625, abs=2)
 
 
-def test_two_microphones_sound_alike_once_equalised():
-    sound = load("human_digits_sound")
-    generator = np.random.default_rng(0)
-    voice = [generator.standard_normal(8000).astype(np.float32) for _ in range(20)]
-    bright = [clip - 0.9 * np.concatenate([[0], clip[:-1]]).astype(np.float32) for clip in voice]
-    spectra = [sound.average_spectrum(clips) for clips in (voice, bright)]
-    assert np.abs(spectra[0] - spectra[1])[1:-2].max() > 10
-    first, second = (
-        sound.equalise(clips[0], spectrum) for clips, spectrum in zip((voice, bright), spectra, strict=True)
-    )
-    spectra = [sound.average_spectrum([clip]) for clip in (first, second)]
-    assert np.abs(spectra[0] - spectra[1])[2:-2].max() < 2
-    assert np.sqrt(np.mean(second**2)) == pytest.approx(0.06, rel=1e-3)
+def test_the_encoder_ignores_padding_and_loudness(tmp_path):
+    """Frames of a clip are the same alone and in a padded batch, and (nearly) at a tenth of the loudness."""
+    module = load("human_digits_encoder")
+    encoder = module.ClipConvEncoder()
+    with torch.no_grad():  # as if trained: batch statistics that are not those of a new layer
+        for name, value in encoder.state_dict().items():
+            if name.endswith("running_mean"):
+                value.normal_(0, 0.1)
+    encoder.save_pretrained(tmp_path)
+    encoder = module.ClipConvEncoder(str(tmp_path))
+    audio = torch.randn(3, 20_000) * 0.1
+    lengths = torch.tensor([20_000, 9_001, 1])
+    together = encoder.encode(audio, lengths)
+    assert together.lengths.tolist() == [16, 8, 1]
+    for row, length in enumerate(lengths.tolist()):
+        alone = encoder.encode(audio[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(together.data[row, : alone.data.shape[1]], alone.data[0], rtol=1e-4, atol=1e-5)
+        assert not together.data[row, alone.data.shape[1] :].any()
+    louder = encoder.encode(audio * 0.1, lengths)
+    torch.testing.assert_close(louder.data[0], together.data[0], rtol=0.01, atol=0.01)
 
 
 def test_every_word_is_one_token(tmp_path):
