@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def build_steps(
 ) -> list[Step]:
     """All commands; paths are relative to ``output``, where they run."""
     # The encoder is a class of this folder, not of the package.
-    salad = ["env", f"PYTHONPATH={_HERE}", sys.executable, "-m", "salad_lightning"]
+    path = os.pathsep.join(filter(None, (str(_HERE), os.environ.get("PYTHONPATH"))))
+    salad = ["env", f"PYTHONPATH={path}", sys.executable, "-m", "salad_lightning"]
     make = [sys.executable, str(_HERE / "human_digits_corpus.py")]
     code = tuple(_HERE / f"human_digits_{part}.py" for part in ("corpus", "sound", "tasks", "encoder", "recognition"))
     seeded, sizes = ["--seed", str(seed)], size._asdict()
