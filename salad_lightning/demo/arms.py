@@ -13,7 +13,7 @@ from typing import Any
 
 from salad_lightning.demo.pipeline import Step
 
-__all__ = ["Arm", "arm_row", "arm_steps", "base_steps", "learning_curve"]
+__all__ = ["Arm", "arm_row", "arm_steps", "base_steps", "cli", "learning_curve"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         return Step(part, [*command, "--seed", str(world_seed)], after, weight=weight)
 
     def prepare(name: str, kind: str, source: str, after: str) -> Step:
-        command = [*_cli("prepare"), f"--{kind}", str(root / source), "--output", str(root / "shards" / name)]
+        command = [*cli("prepare"), f"--{kind}", str(root / source), "--output", str(root / "shards" / name)]
         # The teacher is the longest way of all, so what it waits for comes first.
         weight = 9.0 if name in ("text", "text_val") else 2.0
         return Step(f"prepare-{name}", [*command, "--overwrite"], (after,), weight=weight)
@@ -57,7 +57,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in texts],
         Step(
             "teacher",
-            [*_cli("fit"), "--config", str(text_lm)],
+            [*cli("fit"), "--config", str(text_lm)],
             ("prepare-text", "prepare-text_val"),
             (text_lm,),
             weight=8.0,
@@ -65,7 +65,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         Step(
             "test-teacher",
             [
-                *_cli("test"), "--config", str(text_lm), "--model.init_args.from_scratch=false",
+                *cli("test"), "--config", str(text_lm), "--model.init_args.from_scratch=false",
                 f"--model.init_args.llm={root / 'teacher'}", f"--trainer.default_root_dir={root / 'teacher_test'}",
             ],
             ("teacher", "prepare-text_test"),
@@ -80,7 +80,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         Step(
             "encode-speech_train",
             [
-                *_cli("encode"), str(root / "shards" / "speech_train"),
+                *cli("encode"), str(root / "shards" / "speech_train"),
                 "--output", str(root / "shards" / "speech_train_encoded"), "--config", str(mini), "--overwrite",
             ],
             ("encoder", "prepare-speech_train"),
@@ -107,7 +107,7 @@ def arm_steps(arm: Arm, recipes: Path, root: Path, *, warmup: bool = True) -> li
         parts = [word for word in arm.overrides if ".connector=" in word or ".connector.init_args" in word]
         name = f"warmup-{arm.name}-{arm.seed}" if parts else f"warmup-{arm.seed}"
         recipe = recipes / "scale" / "warmup.yaml"
-        command = [*_cli("fit"), *options, "--config", str(recipe), *seed, *parts]
+        command = [*cli("fit"), *options, "--config", str(recipe), *seed, *parts]
         steps.append(
             Step(name, [*command, f"--trainer.default_root_dir={root / name}"], after, (*configs, recipe), weight=3)
         )
@@ -115,8 +115,8 @@ def arm_steps(arm: Arm, recipes: Path, root: Path, *, warmup: bool = True) -> li
         after = (*after, name)
     name = f"{arm.name}-{arm.seed}"
     folder = f"--trainer.default_root_dir={root / name}"
-    fit = [*_cli("fit"), *options, *seed, *start, *arm.overrides, folder]
-    test = [*_cli("test"), *options, *arm.overrides, folder]
+    fit = [*cli("fit"), *options, *seed, *start, *arm.overrides, folder]
+    test = [*cli("test"), *options, *arm.overrides, folder]
     checkpoint = f"--ckpt_path={root / name / 'checkpoints' / 'final.ckpt'}"
     steps.append(Step(name, fit, after, configs, weight=2))
     steps.append(Step(f"test-{name}", [*test, checkpoint], (name, "prepare-speech_test"), configs))
@@ -180,5 +180,6 @@ def _by_coverage(values: dict[str, float], heard: dict[str, bool]) -> dict[str, 
     }
 
 
-def _cli(subcommand: str) -> list[str]:
+def cli(subcommand: str) -> list[str]:
+    """The start of a command line of this package, as a reader would type it."""
     return [str(Path(sys.executable).with_name("salad-lightning")), subcommand]

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from salad_lightning.demo.encoder_training import train_encoder
+from salad_lightning.demo.recognizer_training import train_recognizer
 from salad_lightning.demo.speech import natural_speech, question_fields, speak_all, spoken_questions
 from salad_lightning.demo.tokenizer import train_tokenizer
 from salad_lightning.demo.world import World, build_world, sentence_windows
 from salad_lightning.model.small import small_qwen2
 
-__all__ = ["PARTS", "build_encoder", "build_speech", "build_text"]
+__all__ = ["PARTS", "build_encoder", "build_recognizer", "build_speech", "build_text"]
 
 NUM_TEXT_DOCUMENTS = 40_000
 NUM_MIXED_DOCUMENTS = 12_000
 NUM_SPOKEN_DOCUMENTS = 3_000
+NUM_POOL_DOCUMENTS = 6_000
 NUM_QUESTIONS = {"val": 24, "test": 36}
 """Spoken questions of each domain."""
 
@@ -34,6 +36,9 @@ def build_text(world: World, root: Path) -> None:
     shares = {domain.name: domain.speech_share for domain in world.domains}
     mixed = world.documents(NUM_MIXED_DOCUMENTS, seed=world.seed + 2, shares=shares)
     _write(folder / "text_mix.jsonl", ({"text": text} for _, text in mixed))
+    pool = world.documents(NUM_POOL_DOCUMENTS, seed=world.seed + 3, spoken=True, shares=_web_shares(world))
+    unique = {text: domain for domain, text in pool}
+    _write(folder / "pool.jsonl", ({"text": text, "domain": domain} for text, domain in unique.items()))
     held_out = world.documents(200, seed=world.seed + 1)
     _write(folder / "text_val.jsonl", ({"text": text, "domain": domain} for domain, text in held_out))
     questions = world.questions()
@@ -63,6 +68,20 @@ def build_encoder(world: World, root: Path) -> None:
     print(report)
 
 
+def build_recognizer(world: World, root: Path) -> None:
+    """The recognizer of the selection's filter."""
+    report = train_recognizer(root / "recognizer", world, seed=world.seed)
+    (root / "recognizer" / "training.json").write_text(json.dumps(report, indent=1))
+    print(report)
+
+
+def _web_shares(world: World) -> dict[str, float]:
+    """The text to choose from covers every domain, and most of it is about what is heard anyway, as on the web."""
+    heard = [domain.name for domain in world.domains if domain.heard]
+    rare = [domain.name for domain in world.domains if not domain.heard]
+    return dict.fromkeys(heard, 0.7 / len(heard)) | dict.fromkeys(rare, 0.3 / len(rare))
+
+
 def _check_unseen(world: World, root: Path, split: str) -> None:
     """No five-word window of a question may have been heard in training."""
     heard = sentence_windows(u.text for u in natural_speech(world, NUM_SPOKEN_DOCUMENTS, seed=world.seed))
@@ -82,6 +101,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 PARTS: dict[str, Callable[[World, Path], None]] = {
     "text": build_text,
     "encoder": build_encoder,
+    "recognizer": build_recognizer,
     "speech-train": lambda world, root: build_speech(world, root, "train"),
     "speech-val": lambda world, root: build_speech(world, root, "val"),
     "speech-test": lambda world, root: build_speech(world, root, "test"),

@@ -15,11 +15,26 @@ from rich.console import Console
 from rich.table import Table
 
 from salad_lightning.demo.arms import Arm, arm_row, learning_curve
+from salad_lightning.demo.stage2 import SELECTED, STAGE2_ARMS, selection_of
 
-__all__ = ["environment", "write_report"]
+__all__ = ["environment", "plot_selection", "write_report"]
 
+_SHORT = {
+    "stage1_kl": "I: KL",
+    "stage1_nll": "I: NLL",
+    "stage2_active": "II: active",
+    "stage2_uniform": "II: uniform",
+    "stage1_more": "more of I",
+}
+_DECAY_FRACTION = 0.2  # of recipes/stage1.yaml
 _PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "webdataset", "jsonargparse", "salad-lightning")
-_LABELS = {"stage1_kl": "Stage I, KL (SALAD)", "stage1_nll": "Stage I, NLL"}
+_LABELS = {
+    "stage1_kl": "Stage I, KL (SALAD)",
+    "stage1_nll": "Stage I, NLL",
+    "stage2_active": "Stage II, active (SALAD)",
+    "stage2_uniform": "Stage II, uniform",
+    "stage1_more": "more of Stage I",
+}
 
 
 def environment() -> dict[str, Any]:
@@ -41,7 +56,7 @@ def write_report(arms: list[Arm], root: Path) -> dict[str, Any]:
     Returns:
         The report.
     """
-    report = {"arms": [arm_row(arm, root) for arm in arms], **environment()}
+    report = {"arms": [_row(arm, root) for arm in arms], **environment()}
     aside = root / "report.json.part"
     aside.write_text(json.dumps(report, indent=1))
     aside.replace(root / "report.json")
@@ -51,8 +66,15 @@ def write_report(arms: list[Arm], root: Path) -> dict[str, Any]:
     _plot_gap(report["arms"], order, shares, root / "gap_by_domain.png")
     _plot_causes(report["arms"], order, root / "misalignment_and_forgetting.png")
     _plot_curves(arms, root, root / "learning_curves.png")
+    if any("selection" in row for row in report["arms"]):
+        plot_selection(root, order, root / "selection.png")
     _print_table(report["arms"])
     return report
+
+
+def _row(arm: Arm, root: Path) -> dict[str, Any]:
+    row = arm_row(arm, root)
+    return row | {"selection": selection_of(arm.name, root)} if arm.name in SELECTED else row
 
 
 def _plot_gap(rows: list[dict[str, Any]], order: list[str], shares: dict[str, float], path: Path) -> None:
@@ -74,14 +96,15 @@ def _plot_gap(rows: list[dict[str, Any]], order: list[str], shares: dict[str, fl
 
 def _plot_causes(rows: list[dict[str, Any]], order: list[str], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    width = 0.8 / len(rows)
     for panel, name, title in (
         (panels[0], "misalignment", "M: same model, text against speech context"),
         (panels[1], "forgetting", "F: original against adapted model, on text"),
     ):
         for number, row in enumerate(rows):
             heights = [row[name]["domains"][domain] for domain in order]
-            panel.bar([x + number * 0.4 for x in range(len(order))], heights, 0.4, label=_label(row))
-        panel.set_xticks([x + 0.2 for x in range(len(order))], order, rotation=40, ha="right", fontsize=8)
+            panel.bar([x + number * width for x in range(len(order))], heights, width, label=_label(row))
+        panel.set_xticks([x + 0.4 for x in range(len(order))], order, rotation=40, ha="right", fontsize=8)
         panel.set(title=title, ylabel="nats per token")
         panel.legend(fontsize=8)
     _save(figure, path)
@@ -98,18 +121,54 @@ def _plot_curves(arms: list[Arm], root: Path, path: Path) -> None:
         for arm in arms:
             points = learning_curve(arm, root, column)
             label = _LABELS.get(arm.name, arm.name)
-            panel.plot([x / 1e3 for x, _ in points], [y for _, y in points], marker=".", label=label)
+            begin = _tokens_before(arm, arms, root)
+            panel.plot([(begin + x) / 1e3 for x, _ in points], [y for _, y in points], marker=".", label=label)
         panel.set(title=title, xlabel="positions seen, thousands", ylabel="nats per token, validation", yscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     _save(figure, path)
 
 
+def _tokens_before(arm: Arm, arms: list[Arm], root: Path) -> float:
+    """Tokens that an arm's first checkpoint had seen: what goes on from Stage I begins where its decay began."""
+    if arm.name not in STAGE2_ARMS:
+        return 0.0
+    first = root / f"{arms[0].name}-{arms[0].seed}"
+    fit = json.loads((first / "fit.json").read_text())
+    return float(fit["tokens"]) * (1 - _DECAY_FRACTION)
+
+
+def plot_selection(root: Path, order: list[str], path: Path) -> None:
+    """What was chosen and why: M, web and target share of each cluster; seconds of each domain, active and uniform."""
+    clusters = sorted(
+        (c for c in selection_of("stage2_active", root).values() if c["misalignment"] is not None),
+        key=lambda c: -float(c["misalignment"]),
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    at = range(len(clusters))
+    left.bar([x - 0.2 for x in at], [c["web"] for c in clusters], 0.4, color="0.7", label="share of the text pool")
+    left.bar([x + 0.2 for x in at], [c["target"] for c in clusters], 0.4, label="share of what is spoken, γ = 5")
+    left.set(xlabel="clusters, the worst understood first", ylabel="share", xticks=[])
+    second = left.twinx()
+    second.plot(at, [c["misalignment"] for c in clusters], color="tab:red", marker=".", label="M(c)")
+    second.set_ylabel("M(c), nats per token", color="tab:red")
+    left.legend(fontsize=8, loc="upper center")
+    for number, name in enumerate(SELECTED):
+        seconds = dict.fromkeys(order, 0.0)
+        for row in map(json.loads, _lines(root / f"selection_{name.removeprefix('stage2_')}" / "manifest.jsonl")):
+            seconds[row["domain"]] += row["estimated_seconds"]
+        right.bar([x + 0.4 * number for x in range(len(order))], seconds.values(), 0.4, label=_LABELS[name])
+    right.set_xticks([x + 0.2 for x in range(len(order))], order, rotation=40, ha="right", fontsize=8)
+    right.set(ylabel="seconds of synthetic speech", title="what is spoken for Stage II")
+    right.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(title="The miniature: unseen sentences, unseen voices; chance is 0.25")
-    table.add_column("")
+    table.add_column("stage and arm")
     for row in rows:
-        table.add_column(_label(row), justify="right")
+        table.add_column(_SHORT.get(row["name"], row["name"]), justify="right")
 
     def add(label: str, figure: str, group: str) -> None:
         table.add_row(label, *(f"{row[figure][group]:.3f}" for row in rows))

@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build the world, train both arms, measure and plot."""
+    """Build the world, train all arms of both stages, measure and plot."""
     # Imported here for start-up time: the parser above must not wait for torch and matplotlib.
     from salad_lightning.demo.arms import Arm, arm_steps, base_steps
     from salad_lightning.demo.pipeline import run_steps, source_fingerprint
     from salad_lightning.demo.report import write_report
+    from salad_lightning.demo.stage2 import STAGE2_ARMS, stage2_steps
 
     if not (args.recipes / "stage1.yaml").is_file():
         raise UserError(
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     steps = {step.name: step for step in base_steps(args.recipes, root)}
     for arm in arms:
         steps |= {step.name: step for step in arm_steps(arm, args.recipes, root)}
+    steps |= {step.name: step for step in stage2_steps(args.recipes, root, arms[0])}
     run_steps(list(steps.values()), Path(), lanes=args.lanes, fingerprint=source_fingerprint())
-    write_report(arms, root)
+    write_report([*arms, *(Arm(name) for name in STAGE2_ARMS)], root)
     print(f"plots and report.json: {root}    total: {(time.perf_counter() - begin) / 60:.1f} min")

@@ -5,6 +5,7 @@ import pytest
 from salad_lightning.demo.arms import Arm, arm_steps, base_steps, learning_curve
 from salad_lightning.demo.pipeline import Step
 from salad_lightning.demo.report import write_report
+from salad_lightning.demo.stage2 import STAGE2_ARMS, stage2_steps
 
 DOMAINS = {"rivers": True, "stars": False, "laws": False}
 FIGURES = ("speech_accuracy", "text_accuracy", "base_text_accuracy", "misalignment", "forgetting")
@@ -71,3 +72,48 @@ def test_arms_share_what_they_can_and_stand_on_steps_that_exist(root, request):
     for step in steps.values():
         assert set(step.after) <= set(steps)
         assert all(path.is_file() for path in step.reads)
+
+
+def test_stage_two_is_reported_with_what_was_selected(root, capsys):
+    clusters = {
+        "0": {"web": 0.5, "misalignment": 1.5, "target": 0.9, "texts": 9, "seconds": 30.0},
+        "1": {"web": 0.5, "misalignment": None, "target": 0.0, "texts": 0, "seconds": 0.0},
+    }
+    for name in STAGE2_ARMS:
+        folder = root / f"{name}-0"
+        folder.mkdir()
+        for file in ("test.json", "fit.json"):
+            (folder / file).write_text((root / "stage1_kl-0" / file).read_text())
+    for name in ("active", "uniform"):
+        folder = root / f"selection_{name}"
+        folder.mkdir()
+        (folder / "selection.json").write_text(json.dumps(clusters))
+        (folder / "manifest.jsonl").write_text(json.dumps({"domain": "laws", "estimated_seconds": 30.0}) + "\n")
+    report = write_report([Arm("stage1_kl"), *(Arm(name) for name in STAGE2_ARMS)], root)
+    selections = {row["name"]: row.get("selection") for row in report["arms"]}
+    assert selections["stage2_active"] == selections["stage2_uniform"] == clusters
+    assert selections["stage1_more"] is selections["stage1_kl"] is None
+    assert (root / "selection.png").stat().st_size > 10_000
+    assert "II: active" in capsys.readouterr().out
+
+
+def test_stage_two_stands_on_stage_one_and_differs_in_its_data_alone(root, request):
+    recipes = request.config.rootpath / "recipes"
+    arm = Arm("stage1_kl")
+    steps = {step.name: step for step in [*base_steps(recipes, root), *arm_steps(arm, recipes, root)]}
+    steps |= {step.name: step for step in stage2_steps(recipes, root, arm)}
+    for step in steps.values():
+        assert set(step.after) <= set(steps)
+        assert all(path.is_file() for path in step.reads)
+    trains = {}
+    for name in STAGE2_ARMS:
+        command = steps[f"{name}-0"].command
+        (train,) = (word for word in command if word.startswith("--data.init_args.train="))
+        trains[name] = json.loads(train.partition("=")[2])
+        assert f"--model.init_args.init_from={root / 'stage1_kl-0' / 'checkpoints' / 'pre_decay.ckpt'}" in command
+    weights = {name: {source["name"]: source["weight"] for source in train} for name, train in trains.items()}
+    assert weights == {
+        "stage2_active": {"natural": 1.0, "active": 1.0, "text": 1.0},
+        "stage2_uniform": {"natural": 1.0, "uniform": 1.0, "text": 1.0},
+        "stage1_more": {"natural": 2.0, "text": 1.0},
+    }
