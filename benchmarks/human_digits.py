@@ -35,6 +35,7 @@ __all__ = ["Size", "build_report", "build_steps", "run"]
 
 _HERE = Path(__file__).resolve().parent
 _STAGE1 = _HERE.parent / "recipes" / "stage1.yaml"
+_WARMUP = _HERE.parent / "recipes" / "scale" / "warmup.yaml"
 _FIGURES = ("speech_accuracy", "text_accuracy", "base_text_accuracy", "misalignment", "forgetting")
 _PACKAGES = ("salad-lightning", "torch", "torchaudio", "lightning", "transformers")
 
@@ -47,6 +48,7 @@ class Size(NamedTuple):
         train_items: Items spoken by each speaker for training.
         test_items: Items spoken by each speaker for the test, in each task.
         llm_steps: Optimiser steps of the LLM on text.
+        warmup_steps: Optimiser steps of the connector alone, by CTC.
         stage1_steps: Optimiser steps of Stage I.
         encoder_steps: Optimiser steps of each fold's encoder.
         encoder_clips: Synthetic digits it is trained on, beside the human ones.
@@ -56,7 +58,8 @@ class Size(NamedTuple):
     train_items: int = 1_500
     test_items: int = 100
     llm_steps: int = 600
-    stage1_steps: int = 500
+    warmup_steps: int = 300
+    stage1_steps: int = 600
     encoder_steps: int = 1_000
     encoder_clips: int = 3_000
 
@@ -86,7 +89,7 @@ def run(data: Path, output: Path, *, test_speaker: str | None = None, seed: int 
     left_out = speakers if test_speaker is None else [test_speaker]
     output.mkdir(parents=True, exist_ok=True)
     for name in left_out:
-        _write_config(output, name, speakers, seed, size.stage1_steps)
+        _write_config(output, name, speakers, seed)
     started = time.perf_counter()
     run_steps(build_steps(data, output, speakers, left_out, seed, size), output, fingerprint=source_fingerprint())
     report = build_report(output, left_out, seed)
@@ -134,24 +137,35 @@ def _prepare(salad: list[str], name: str, source: list[str], shards: str, after:
     return Step(f"prepare-{name}", [*salad, "prepare", *source, "--output", shards, "--overwrite"], after, weight=9)
 
 
-def _fold(
-    salad: list[str], output: Path, name: str, speakers: Sequence[str], seed: int, size: Size
-) -> tuple[Step, Step]:
-    """Train on all speakers but one, test on that one."""
+def _fold(salad: list[str], output: Path, name: str, speakers: Sequence[str], seed: int, size: Size) -> list[Step]:
+    """Warm the connector up and train on all speakers but one, test on that one."""
     recipes = (_STAGE1, _HERE / "human_digits.yaml", output / f"{name}.yaml")
-    configs = [word for recipe in recipes for word in ("--config", str(recipe))]
-    configs += ["--trainer.max_steps", str(size.stage1_steps), "--seed_everything", str(seed)]
+    warm = (*recipes, _WARMUP, output / f"{name}-warmup.yaml")
+    seeded = ["--seed_everything", str(seed)]
     heard = tuple(f"prepare-train-{other}" for other in speakers if other != name)
     after = ("llm", f"encoder-{name}", "prepare-text", *heard)
-    checkpoint = ["--ckpt_path", f"runs/{name}/checkpoints/last.ckpt"]
-    return (
-        Step(f"fit-{name}", [*salad, "fit", *configs], after, recipes, weight=5),
-        Step(f"test-{name}", [*salad, "test", *configs, *checkpoint], (f"fit-{name}", f"prepare-test-{name}"), recipes),
-    )
+    warmed = ["--model.init_args.init_from", f"runs/{name}-warmup/checkpoints/final.ckpt"]
+    checkpoint = ["--ckpt_path", f"runs/{name}/checkpoints/final.ckpt"]
+    steps = [*_configs(recipes), "--trainer.max_steps", str(size.stage1_steps), *seeded]
+    return [
+        Step(
+            f"warmup-{name}",
+            [*salad, "fit", *_configs(warm), "--trainer.max_steps", str(size.warmup_steps), *seeded],
+            after,
+            warm,
+            weight=5,
+        ),
+        Step(f"fit-{name}", [*salad, "fit", *steps, *warmed], (*after, f"warmup-{name}"), recipes, weight=5),
+        Step(f"test-{name}", [*salad, "test", *steps, *checkpoint], (f"fit-{name}", f"prepare-test-{name}"), recipes),
+    ]
 
 
-def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int, steps: int) -> None:
-    """What differs from one speaker left out to another: the encoder, the shards, and the run's folder."""
+def _configs(paths: Sequence[Path]) -> list[str]:
+    return [word for path in paths for word in ("--config", str(path))]
+
+
+def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int) -> None:
+    """What differs from one speaker left out to another: the encoder, the shards, and the runs' folders."""
 
     def source(label: str, shards: Any, weight: float, **settings: Any) -> dict[str, Any]:
         documents = {"class_path": "TemplateDocuments", "init_args": {"template": TEMPLATE, **settings}}
@@ -161,17 +175,19 @@ def _write_config(output: Path, name: str, speakers: Sequence[str], seed: int, s
     # Speech is two thirds of the positions, as in arXiv 2510.13632, section 4.
     train = [source("speech", heard, 2.0, append_eos=True), source("text", "shards/text", 1.0, append_eos=True)]
     test = [source("unseen", f"shards/test/{name}", 1.0, all_choices=True)]
-    checkpoint = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"filename": "last", "every_n_train_steps": steps, "enable_version_counter": False},
-    }
     encoder = {"class_path": "human_digits_encoder.ClipConvEncoder", "init_args": {"path": f"encoders/{name}"}}
     content = {
         "model": {"init_args": {"encoder": encoder}},
         "data": {"init_args": {"train": train, "val": None, "test": test, "seed": seed}},
-        "trainer": {"default_root_dir": f"runs/{name}", "callbacks": [checkpoint]},
+        "trainer": {"default_root_dir": f"runs/{name}", "callbacks": [{"class_path": "FinalCheckpoint"}]},
     }
     (output / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    spans = {"class_path": "InterleaveDocuments", "init_args": {"text_words": [0, 1], "speech_words": [1, 2]}}
+    warmup = {
+        "data": {"init_args": {"train": [{"name": "speech", "shards": heard, "documents": spans}]}},
+        "trainer": {"default_root_dir": f"runs/{name}-warmup"},
+    }
+    (output / f"{name}-warmup.yaml").write_text(yaml.safe_dump(warmup, sort_keys=False), encoding="utf-8")
 
 
 def build_report(output: Path, left_out: Sequence[str], seed: int) -> dict[str, Any]:

@@ -143,9 +143,8 @@ def test_unknown_speaker_is_a_users_mistake(recordings, tmp_path):
 @pytest.mark.slow
 def test_whole_benchmark_on_synthetic_recordings(recordings, tmp_path):
     benchmark, tasks = load("human_digits"), load("human_digits_tasks")
-    size = benchmark.Size(
-        text_items=300, train_items=40, test_items=10, llm_steps=3, stage1_steps=3, encoder_steps=2, encoder_clips=8
-    )
+    steps = dict.fromkeys(("llm_steps", "warmup_steps", "stage1_steps"), 3)
+    size = benchmark.Size(text_items=300, train_items=40, test_items=10, encoder_steps=2, encoder_clips=8, **steps)
     report = benchmark.run(recordings, tmp_path, test_speaker="bob", size=size)
     json.dumps(report)
     assert set(report["speakers"]) == {"bob"}
