@@ -3,6 +3,7 @@
 #   make test    the whole test suite, with coverage
 #   make check   lint, types, tests
 #   make lint    lint and types alone
+#   make docs    the pages in docs/, to outputs/docs; fails on a warning
 #   make bench   benchmarks/ through its resumable grid runner
 PYTHON ?= python3
 # Test processes side by side, each with one thread.
@@ -18,13 +19,13 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 STATE := $(shell { pwd; cat setup.cfg constraints.txt $(PLUGINS:%=%/pyproject.toml); } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(STATE)
 
-.PHONY: install demo test check lint bench
+.PHONY: install demo test check lint docs bench
 install: $(STAMP)
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		-e '.[demo,quantization,lora,test,dev]' $(PLUGINS:%=-e ./%)
+		-e '.[demo,quantization,lora,test,dev,docs]' $(PLUGINS:%=-e ./%)
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -41,6 +42,10 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 check: lint test
+
+# The variable silences a notice about the generator's successor.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(BENCH)

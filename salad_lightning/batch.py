@@ -111,7 +111,7 @@ class SpeechBatch:
         span_clip_K: Which clip a speech span is cut from.
         span_first_frame_K: First encoder frame of the span within its clip.
         span_num_frames_K: Encoder frames of the span.
-        span_num_words_K: Words spoken in the span.
+        span_num_words_K: Words spoken in the span; 0 where that is not known.
         span_at_K: Flat position in ``[B * S]`` of the span's first embedding.
         span_num_positions_K: Positions the span fills, optional modality-switch embeddings included.
         span_token_at_K: Flat position in ``[R * U]`` of the first transcript token spoken in the span.

@@ -151,14 +151,20 @@ class Connector(nn.Module, ABC):
     Must hold: every parameter gets a finite gradient; works in bf16; padding changes no valid output.
 
     Attributes:
-        exact: Whether ``output_lengths`` is exact; otherwise an upper bound.
+        exact: Whether ``output_lengths`` is exact; otherwise it is an upper bound: the positions that a span does not
+            fill are left out, and those after them move up.
     """
 
     exact: bool = True
 
     @abstractmethod
     def output_lengths(self, lengths: LengthT, *, num_words: LengthT | None = None) -> LengthT:
-        """Positions for spans of ``lengths`` frames (at least 1); pure arithmetic, at least 1."""
+        """Positions for spans of ``lengths`` frames (at least 1); pure arithmetic, at least 1.
+
+        Args:
+            lengths: Frames.
+            num_words: Words spoken; 0 or None where that is not known.
+        """
 
     @abstractmethod
     def forward(self, frames_NTD: Tensor, lengths_N: Tensor, *, num_words_N: Tensor | None = None) -> ConnectorOutput:
@@ -167,7 +173,7 @@ class Connector(nn.Module, ABC):
         Args:
             frames_NTD: ``[N, T, encoder_dim]``, N spans.
             lengths_N: Valid frames, at least 1 each.
-            num_words_N: Words spoken in each span, for connectors that use them.
+            num_words_N: Words spoken in each span, for connectors that use them; 0 where that is not known.
         """
 
 

@@ -20,7 +20,7 @@ from salad_lightning.errors import UserError
 
 __all__ = ["INTERFACES", "Kind", "Part", "Registry", "State", "load_all"]
 
-Kind = Literal["encoder", "connector", "objective", "synthesizer"]
+Kind = Literal["encoder", "connector", "objective", "synthesizer", "module"]
 State = Literal["ok", "failed", "clash"]
 
 INTERFACES: dict[Kind, str] = {
@@ -28,6 +28,7 @@ INTERFACES: dict[Kind, str] = {
     "connector": "salad_lightning.interfaces.Connector",
     "objective": "salad_lightning.interfaces.Objective",
     "synthesizer": "salad_lightning.interfaces.Synthesizer",
+    "module": "salad_lightning.training.base.TokenLossModule",
 }
 """The class each kind must subclass; its entry-point group is ``salad_lightning.<kind>s``."""
 
@@ -37,7 +38,7 @@ class Part:
     """One entry point, loaded or not.
 
     Attributes:
-        kind: Which of the four.
+        kind: Which of `INTERFACES`.
         name: Entry-point name, class name and YAML name alike.
         package: The distribution that offers it.
         version: Of that distribution.
@@ -71,7 +72,7 @@ class Registry:
         """The class of a name.
 
         Args:
-            kind: Which of the four.
+            kind: Which of `INTERFACES`.
             name: Entry-point name.
             where: File, line or key that asked for it, for the error's text.
 
@@ -98,10 +99,14 @@ class Registry:
         return "\n    ".join(lines)
 
 
-def load_all() -> Registry:
-    """Load every entry point of the four groups; one that fails is recorded with its reason and stops nothing."""
+def load_all(kinds: Iterable[Kind] = tuple(INTERFACES)) -> Registry:
+    """Load every entry point of some groups; one that fails is recorded with its reason and stops nothing.
+
+    Args:
+        kinds: Which; all of them by default.
+    """
     parts: list[Part] = []
-    for kind in INTERFACES:
+    for kind in kinds:
         by_name: defaultdict[str, list[EntryPoint]] = defaultdict(list)
         for entry in entry_points(group=f"salad_lightning.{kind}s"):
             by_name[entry.name].append(entry)

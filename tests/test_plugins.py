@@ -136,3 +136,18 @@ def test_what_cannot_be_used_is_refused(fit, connector, words):
     code, _, err = fit(connector)
     assert code == 2
     assert [word for word in ["run.yaml:5", *words] if word not in err] == [], err
+
+
+def test_a_module_is_named_and_a_broken_one_refused(site, monkeypatch, capsys):
+    code = "from salad_lightning.training.text_lm_module import TextLMModule\nclass GoodModule(TextLMModule): pass\n"
+    site.install("good-module", kind="module", name="GoodModule", code=code)
+    site.install("bad-module", kind="module", name="BadModule", code="import no_such_library")
+    site.install("odd-module", kind="module", name="OddModule", code="class OddModule: pass")
+    site.on_path(monkeypatch)
+    assert main(["fit", "--model=GoodModule", "--model.llm=x", "--print_config"]) == 0
+    assert "class_path: good_module.GoodModule" in capsys.readouterr().out
+    for name, reason in (("BadModule", "no_such_library"), ("OddModule", "is not a subclass of")):
+        assert main(["fit", f"--model={name}", "--print_config"]) == 2
+        said = capsys.readouterr().err
+        assert f"--model={name}" in said
+        assert reason in said

@@ -10,6 +10,7 @@ import pytest
 
 from salad_lightning import errors, interfaces, registry
 from salad_lightning.errors import UserError
+from salad_lightning.training.base import TokenLossModule
 
 OBJECTIVE = """
 class {name}(Base):
@@ -42,9 +43,10 @@ def test_built_in_parts_all_load():
 
 
 def test_every_interface_has_a_group():
-    for kind, path in registry.INTERFACES.items():
-        assert path == f"{interfaces.__name__}.{kind.capitalize()}"
-        assert registry.load_all().names(kind)
+    assert registry.INTERFACES["module"] == f"{TokenLossModule.__module__}.{TokenLossModule.__name__}"
+    for kind in ("encoder", "connector", "objective", "synthesizer"):
+        assert registry.INTERFACES[kind] == f"{interfaces.__name__}.{kind.capitalize()}"
+        assert registry.load_all([kind]).names(kind)
 
 
 def test_a_package_is_found_by_being_there(site, load):

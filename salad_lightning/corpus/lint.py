@@ -73,7 +73,7 @@ def lint(
 
     Returns:
         The report (counts, seconds, positions, languages, speakers, and ``problems`` with ``shard``, ``key`` and
-        ``problem``), and the seconds of every sample, or for plain text the characters.
+        ``problem``), and the seconds of every sample with audio; where there is none, the characters of every text.
 
     Raises:
         UserError: If there are no shards, or no tokenizer.
@@ -90,19 +90,21 @@ def lint(
     total = Counter[str]()
     languages, speakers, rates, seen = Counter[str](), Counter[str](), Counter[str](), dict[str, str]()
     problems: list[dict[str, str]] = []
-    lengths: list[float] = []
+    durations: list[float] = []
+    characters: list[float] = []
     results = map_in_order(functools.partial(read_facts, tokenizer=tokenizer), paths, workers)
     for path, facts in zip(paths, tqdm(results, desc="lint", unit=" shards", total=len(paths)), strict=True):
         problems += [{"shard": path, "key": key, "problem": problem} for key, problem in facts.problems]
         problems += _repeated(path, facts, seen)
-        lengths += facts.lengths
+        durations += facts.seconds
+        characters += facts.characters
         total.update(samples=facts.num_samples, audio=facts.num_audio, timed=facts.num_timed, tokens=facts.num_tokens)
         total.update(words=facts.num_words)
         for counter, counts in ((languages, facts.languages), (speakers, facts.speakers), (rates, facts.rates)):
             counter.update(counts)
     for folder in sorted({Path(path).parent for path in paths}):
         problems += _against_index(folder, {Path(path).name for path in paths if Path(path).parent == folder})
-    seconds = sum(lengths) if total["audio"] else 0.0
+    seconds = sum(durations)
     report: dict[str, Any] = {
         "shards": len(paths),
         "samples": total["samples"],
@@ -125,7 +127,7 @@ def lint(
                 "heard": positions_per_second,
                 "interleaved": round(_SHARE_READ * read + (1 - _SHARE_READ) * positions_per_second, 3),
             }
-    return report, lengths
+    return report, durations or characters
 
 
 def _repeated(path: str, facts: ShardFacts, seen: dict[str, str]) -> list[dict[str, str]]:

@@ -23,7 +23,8 @@ class ShardFacts:
 
     Attributes:
         keys: Of all samples.
-        lengths: Seconds of samples with audio, characters of the others.
+        seconds: Of samples with audio.
+        characters: Of the others' texts.
         num_samples: Samples that can be used.
         num_audio: Those with audio.
         num_timed: Those with word times.
@@ -36,7 +37,8 @@ class ShardFacts:
     """
 
     keys: list[str] = field(default_factory=list)
-    lengths: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    characters: list[float] = field(default_factory=list)
     num_samples: int = 0
     num_audio: int = 0
     num_timed: int = 0
@@ -91,7 +93,10 @@ def _add(facts: ShardFacts, raw: RawSample, tokenizer: str | None) -> None:
     seconds = _seconds(facts, raw, utterance, audio_name)
     facts.num_samples += 1
     facts.num_audio += seconds is not None
-    facts.lengths.append(len(utterance.text) if seconds is None else seconds)
+    if seconds is None:
+        facts.characters.append(len(utterance.text))
+    else:
+        facts.seconds.append(seconds)
     facts.num_words += len(utterance.text.split())
     if tokenizer:
         facts.num_tokens += len(load_tokenizer(tokenizer)(utterance.text, add_special_tokens=False).input_ids)

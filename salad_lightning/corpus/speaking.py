@@ -163,7 +163,7 @@ def _synthesizer(name: str, voice: str) -> Synthesizer:
         except (ImportError, AttributeError) as error:
             raise UserError(f"no such class ({error})", where=f"synthesizer {name}", cure="see `plugins`") from error
     else:
-        cls = load_all().find("synthesizer", name, where="synthesizer")
+        cls = load_all(["synthesizer"]).find("synthesizer", name, where="synthesizer")
     try:
         built: Synthesizer = cls(**json.loads(voice))
     except (TypeError, ValueError) as error:

@@ -18,13 +18,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from salad_lightning.data.format import Utterance
 from salad_lightning.data.packing import collate
-from salad_lightning.data.segments import Document
+from salad_lightning.data.segments import Document, SpeechSpan
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.template import TemplateDocuments
 from salad_lightning.errors import UserError
 from salad_lightning.model.speech_llm import SpeechLLM
 
-__all__ = ["Decoding", "generate", "prompt_document"]
+__all__ = ["Decoding", "generate", "pad_left", "prompt_document"]
 
 # Stands for the unknown transcript when the prompt is tokenised; the model hears speech in its place.
 _HEARD = "a"
@@ -81,6 +81,9 @@ def prompt_document(prompt: str, utterance: Utterance, spec: SequenceSpec, *, ma
         utterance = dataclasses.replace(utterance, text=_HEARD)
     # Without a limit first, so that the message can name seconds.
     (document,) = template.build(utterance, dataclasses.replace(spec, context=sys.maxsize))
+    # How many words are spoken is not known.
+    spans = [_of_unknown_words(span, spec) for span in document.spans]
+    document = dataclasses.replace(document, spans=spans)
     if heard and not document.spans:
         raise UserError(
             f"in the prompt {prompt!r} what follows {{speech}} is one token with it", cure="put a space behind {speech}"
@@ -90,6 +93,10 @@ def prompt_document(prompt: str, utterance: Utterance, spec: SequenceSpec, *, ma
     if document.num_positions + max_new_tokens > spec.context:
         raise _too_long(document, utterance, spec, max_new_tokens)
     return document
+
+
+def _of_unknown_words(span: SpeechSpan, spec: SequenceSpec) -> SpeechSpan:
+    return dataclasses.replace(span, num_words=0, num_positions=spec.num_positions(span.num_frames, 0))
 
 
 def _too_long(document: Document, utterance: Utterance, spec: SequenceSpec, max_new_tokens: int) -> UserError:
@@ -139,7 +146,8 @@ def generate(
     batch = collate([[document] for document in prompts], context=longest, rows_per_batch=len(prompts), trim=True)
     hf: Any = model.llm.hf
     batch = batch.to(hf.device)
-    embeddings_BSD, mask_BS = _pad_left(model.embed(batch), batch.document_ids_BS >= 0)
+    spliced = model.splice(batch)
+    embeddings_BSD, mask_BS = pad_left(spliced.embeddings_BSD, spliced.document_ids_BS >= 0)
     stop = _stop_ids(hf, tokenizer)
     # `generate` takes positions from the mask, so padding on the left changes none.
     new_BT: Tensor = hf.generate(
@@ -151,13 +159,19 @@ def generate(
     return [_until(row, stop) for row in new_BT.tolist()]
 
 
-def _pad_left(embeddings_BSD: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows moved to the right, so that all of them end, and go on, at the same position."""
-    shift_B = (~mask_BS).sum(1)
-    width = mask_BS.shape[1]
-    from_BS = torch.arange(width, device=mask_BS.device) - shift_B[:, None]
+def pad_left(embeddings_BSD: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows moved to the right and without gaps, so that all of them end, and go on, at the same position.
+
+    Args:
+        embeddings_BSD: Of packed rows with one document each.
+        mask_BS: True at its positions.
+
+    Returns:
+        Both, moved alike.
+    """
+    order_BS = mask_BS.long().argsort(dim=1, stable=True)  # what is masked first, the rest in its order
     rows_B1 = torch.arange(mask_BS.shape[0], device=mask_BS.device)[:, None]
-    return embeddings_BSD[rows_B1, from_BS % width], from_BS >= 0
+    return embeddings_BSD[rows_B1, order_BS], mask_BS.gather(1, order_BS)
 
 
 def _stop_ids(hf: Any, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,25 @@ from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Connector, ConnectorOutput, Encoder, Objective, Stored
 from salad_lightning.model.llm import LanguageModel
 
-__all__ = ["SpeechLLM", "freeze", "predict_transcripts"]
+__all__ = ["SpeechLLM", "Spliced", "freeze", "predict_transcripts"]
+
+ResultT = TypeVar("ResultT")
+
+
+class Spliced(NamedTuple):
+    """Packed rows with speech in them, as the language model reads them.
+
+    Attributes:
+        embeddings_BSD: Text embeddings, with those of speech in their places.
+        position_ids_BS: The batch's; renumbered where a connector left positions unused.
+        document_ids_BS: The batch's; -1 also where a connector left positions unused.
+        losses: The connector's own.
+    """
+
+    embeddings_BSD: Tensor
+    position_ids_BS: Tensor
+    document_ids_BS: Tensor
+    losses: dict[str, Tensor]
 
 
 class SpeechLLM(nn.Module):
@@ -59,10 +79,8 @@ class SpeechLLM(nn.Module):
         return self._predict(batch)[0]
 
     def _predict(self, batch: SpeechBatch) -> tuple[Prediction, dict[str, Tensor]]:
-        embeddings_BSD, losses = self._splice(self.llm.embed(batch.input_ids_BS), batch)
-        prediction = self.llm(
-            batch.position_ids_BS, batch.document_ids_BS, batch.predict_at_M, embeddings_BSD=embeddings_BSD
-        )
+        embeddings_BSD, position_ids_BS, document_ids_BS, losses = self.splice(batch)
+        prediction = self.llm(position_ids_BS, document_ids_BS, batch.predict_at_M, embeddings_BSD=embeddings_BSD)
         assert isinstance(prediction, Prediction)
         return prediction, losses
 
@@ -70,9 +88,17 @@ class SpeechLLM(nn.Module):
         """P(· | w): the same M tokens predicted by this model from the plain transcripts."""
         return predict_transcripts(self.llm, batch)
 
+    def check_llm(self) -> None:
+        """See `LanguageModel.check_against_hugging_face`; under sharding, only a root's method may read weights."""
+        self.llm.check_against_hugging_face()
+
+    def run(self, function: Callable[..., ResultT], *args: Any) -> ResultT:
+        """``function(self, *args)`` with whole weights: under sharding, only in here does any other code find them."""
+        return function(self, *args)
+
     def embed(self, batch: SpeechBatch) -> Tensor:
         """Embeddings ``[B, S, D]`` of packed rows: text, with the speech spans in their places."""
-        return self._splice(self.llm.embed(batch.input_ids_BS), batch)[0]
+        return self.splice(batch).embeddings_BSD
 
     def embed_speech(self, batch: SpeechBatch) -> ConnectorOutput:
         """Embeddings ``[K, T, D]`` of all speech spans, their lengths ``[K]``, and the connector's own losses.
@@ -107,26 +133,38 @@ class SpeechLLM(nn.Module):
             return frames.squeeze(-2)
         return torch.einsum("...kd,k->...d", frames, self.layer_mix.softmax(0).to(frames.dtype))
 
-    def _splice(self, text_BSD: Tensor, batch: SpeechBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Put the speech spans' embeddings at their positions between the text embeddings."""
+    def splice(self, batch: SpeechBatch) -> Spliced:
+        """Put the speech spans' embeddings at their positions between the text embeddings.
+
+        A connector whose lengths are only bounded beforehand fills the end of the positions kept for a span, so that
+        the last of them, from which the next text token is predicted, is always speech. Those left over belong to no
+        document from here on, and what follows them moves up.
+        """
+        text_BSD = self.llm.embed(batch.input_ids_BS)
+        owners_BS = batch.document_ids_BS
         if batch.span_at_K.shape[0] == 0:
             # Collectives of a sharded connector hang unless every rank runs it: one silent span, which counts nothing.
             speech_KTD, _, losses = self.embed_speech(self.silence(batch))
             unused = sum(losses.values(), speech_KTD.sum())
             unused = unused if self.switch is None else unused + self.switch.sum()
-            return text_BSD + (0.0 * unused).to(text_BSD.dtype), {}
+            return Spliced(text_BSD + (0.0 * unused).to(text_BSD.dtype), batch.position_ids_BS, owners_BS, {})
         speech_KTD, lengths_K, losses = self.embed_speech(batch)
         B, S, D = text_BSD.shape
-        first_K = batch.span_at_K if self.switch is None else batch.span_at_K + 1
+        edge = 0 if self.switch is None else 1
+        unused_K = batch.span_num_positions_K - lengths_K - 2 * edge
+        first_K = batch.span_at_K + unused_K + edge
         offset_T = torch.arange(speech_KTD.shape[1], device=text_BSD.device)
         # Unused positions all go to one extra row that is cut off: a boolean index would cost a device sync.
         at_KT = torch.where(offset_T < lengths_K[:, None], first_K[:, None] + offset_T, B * S)
         flat = torch.cat([text_BSD.reshape(B * S, D), text_BSD.new_zeros(1, D)])
         flat = flat.index_put((at_KT,), speech_KTD.to(flat.dtype))
         if self.switch is not None:
-            for edge, at_K in zip(self.switch, (batch.span_at_K, first_K + lengths_K), strict=True):
-                flat = flat.index_put((at_K,), edge.to(flat.dtype).expand(at_K.shape[0], D))
-        return flat[:-1].view(B, S, D), losses
+            for edges, at_K in zip(self.switch, (first_K - 1, first_K + lengths_K), strict=True):
+                flat = flat.index_put((at_K,), edges.to(flat.dtype).expand(at_K.shape[0], D))
+        embeddings_BSD = flat[:-1].view(B, S, D)
+        if self.connector.exact:
+            return Spliced(embeddings_BSD, batch.position_ids_BS, owners_BS, losses)
+        return Spliced(embeddings_BSD, *_leave_out(batch, unused_K), losses)
 
     def silence(self, batch: SpeechBatch) -> SpeechBatch:
         """The batch with one silent span of one frame in place of its speech."""
@@ -150,6 +188,20 @@ def _extend(data_NT: Tensor, num_frames: int) -> Tensor:
     """Zero-pad axis 1."""
     missing = num_frames - data_NT.shape[1]
     return torch.cat([data_NT, data_NT.new_zeros(data_NT.shape[0], missing, *data_NT.shape[2:])], 1)
+
+
+def _leave_out(batch: SpeechBatch, unused_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Position and document ids without the first ``unused_K`` positions of every span."""
+    B, S = batch.position_ids_BS.shape
+    # +1 where a run of unused positions begins, -1 behind its end; runs may meet, so they are added up.
+    steps = batch.span_at_K.new_zeros(B * S + 1)
+    steps = steps.index_add(0, batch.span_at_K, torch.ones_like(unused_K))
+    steps = steps.index_add(0, batch.span_at_K + unused_K, -torch.ones_like(unused_K))
+    unused_BS = steps[:-1].cumsum(0).view(B, S)
+    before_BS = unused_BS.cumsum(1) - unused_BS
+    first_BS = torch.arange(S, device=unused_BS.device) - batch.position_ids_BS  # of a position's document
+    position_ids_BS = batch.position_ids_BS - (before_BS - before_BS.gather(1, first_BS))
+    return position_ids_BS, batch.document_ids_BS.masked_fill(unused_BS > 0, -1)
 
 
 def predict_transcripts(llm: LanguageModel, batch: SpeechBatch) -> Prediction:

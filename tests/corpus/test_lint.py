@@ -146,3 +146,12 @@ def test_workers_find_the_same(tmp_path):
     _faulty(tmp_path)
     paths = [str(tmp_path / "s"), str(tmp_path)]
     assert lint(paths, workers=2) == lint(paths)
+
+
+def test_plain_text_beside_speech_adds_no_seconds(tmp_path):
+    save_speech_shards(tmp_path / "speech", num_samples=3)
+    save_text_shards(tmp_path / "text", num_samples=5)
+    alone, seconds = lint(str(tmp_path / "speech"))
+    both, mixed = lint([str(tmp_path / "speech"), str(tmp_path / "text")])
+    assert both["seconds"] == alone["seconds"] == pytest.approx(sum(seconds), abs=1e-3)
+    assert mixed == seconds

@@ -76,6 +76,19 @@ class ConnectorContract:
             assert torch.isfinite(loss), f"loss {name} is not finite"
 
     @torch.no_grad()
+    def test_words_that_are_not_known(self) -> None:
+        """`generate` has no transcript: a word count of 0 means the same as none, and its bound holds too."""
+        connector = self._connector().eval()
+        frames, lengths = _spans()
+        unknown = torch.zeros_like(lengths)
+        announced = connector.output_lengths(lengths, num_words=unknown)
+        assert torch.equal(announced, connector.output_lengths(lengths))
+        assert announced.tolist() == [connector.output_lengths(length, num_words=0) for length in lengths.tolist()]
+        output = connector(frames, lengths, num_words_N=unknown)
+        assert (output.lengths <= announced).all(), "output_lengths is not an upper bound"
+        assert (output.lengths >= 1).all()
+
+    @torch.no_grad()
     def test_padding_and_neighbours_change_nothing(self) -> None:
         """A span alone, in a batch, and in a batch padded further gives the same embeddings."""
         connector = self._connector().eval()

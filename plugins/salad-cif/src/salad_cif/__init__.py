@@ -1,0 +1,1 @@
+"""A continuous integrate-and-fire connector for salad-lightning."""

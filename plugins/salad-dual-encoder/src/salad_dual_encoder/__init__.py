@@ -1,0 +1,1 @@
+"""Two speech encoders side by side for salad-lightning."""
