@@ -31,12 +31,14 @@ _DEFAULT_MODEL = "salad_lightning.training.speech_llm_module.SpeechLLMModule"
 _DEFAULT_DATA = "salad_lightning.data.datamodule.SpeechDataModule"
 # Imported so that the short names of their classes are known.
 _NAMED = (
+    "salad_lightning.data.choice",
     "salad_lightning.data.interleave",
     "salad_lightning.data.template",
     "salad_lightning.training.connector_warmup_module",
     "salad_lightning.training.text_lm_module",
     "salad_lightning.training.callbacks",
     "salad_lightning.training.misalignment_monitor",
+    "salad_lightning.training.spoken_evaluation",
 )
 
 
@@ -121,6 +123,19 @@ class SaladCLI(LightningCLI):
             raise UserError(str(first), where=f"building what `{self._chosen}` needs", cure=cure) from error
         if self._chosen != "fit" and path in _CHECKPOINT_NAMES:
             self._check_named_checkpoint(str(path))
+        self._check_fit_of(str(path) if path else "")
+
+    def _check_fit_of(self, path: str) -> None:
+        """Refuse a checkpoint of another model before weights are loaded, which can take minutes."""
+        if path == "last":
+            folder = Path(self.trainer.default_root_dir) / "checkpoints"
+            found = sorted(
+                folder.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"), key=lambda entry: entry.stat().st_mtime
+            )
+            path = str(found[-1]) if found else ""
+        check = getattr(self.model, "check_checkpoint", None)  # any module may be trained; ours have it
+        if check is not None and path and Path(path).exists():
+            check(path)
 
     def _check_named_checkpoint(self, name: str) -> None:
         """Lightning would only warn, and then measure untrained weights."""

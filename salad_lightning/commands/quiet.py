@@ -16,6 +16,7 @@ def quieten() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on newer torch
         r"The .* does not have many workers",
         r"You are using a CUDA device",
+        r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # which counts, and changes nothing
         r"predict returned None",  # a predict loop that writes its results itself
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -101,26 +102,42 @@ class LanguageModel(nn.Module):
         ).last_hidden_state
         return Prediction(hidden_BSD.flatten(0, 1)[at_M], self.head())
 
-    def _mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor | dict[str, Tensor]:
-        """True where a position may look: its own document, not ahead. Padding sees padding, so no row is empty."""
-        same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
-        full = same.tril()
+    def _mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor) -> Any:
+        """The mask, or one for each type of layer, in the form that the attention code takes."""
         config = self.hf.config.get_text_config()
         layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        build = self._block_mask if self.hf.config._attn_implementation == "flex_attention" else self._dense_mask
         if not window or "sliding_attention" not in (layer_types or ("sliding_attention",)):
-            return self._as_read(full)
-        near = full & (position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < window)
+            return build(document_ids_BS, position_ids_BS, None)
         # Models without a list of layer types (Mistral, Phi-3) use the window in every layer.
         if not layer_types:
-            return self._as_read(near)
-        return {"full_attention": self._as_read(full), "sliding_attention": self._as_read(near)}
+            return build(document_ids_BS, position_ids_BS, window)
+        masks = {"full_attention": None, "sliding_attention": window}
+        return {name: build(document_ids_BS, position_ids_BS, reach) for name, reach in masks.items()}
 
-    def _as_read(self, allowed: Tensor) -> Tensor:
-        """The mask in the form that the attention code takes: eager attention adds it to its scores."""
+    def _dense_mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor, window: int | None) -> Tensor:
+        """True where a position may look: its own document, not ahead. Padding sees padding, so no row is empty."""
+        same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
+        allowed = same.tril()
+        if window is not None:
+            allowed = allowed & (position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < window)
         if self.hf.config._attn_implementation != "eager":
             return allowed
+        # Eager attention adds the mask to its scores.
         dtype = self.hf.dtype
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    def _block_mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor, window: int | None) -> BlockMask:
+        """The same for FlexAttention, which leaves out every block that no position may see."""
+
+        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (query >= key) & (document_ids_BS[row, query] == document_ids_BS[row, key])
+            if window is None:
+                return seen
+            return seen & (position_ids_BS[row, query] - position_ids_BS[row, key] < window)
+
+        rows, length = document_ids_BS.shape
+        return create_block_mask(allowed, rows, None, length, length, device=document_ids_BS.device)
 
     @torch.no_grad()
     def check_against_hugging_face(self) -> None:
@@ -192,22 +209,43 @@ def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def build_language_model(config: PreTrainedConfig, vocab_size: int) -> LanguageModel:
-    """A freshly initialised model, on the default device (so ``with torch.device("meta")`` costs no memory)."""
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config))  # type: ignore[no-untyped-call]
+def build_language_model(config: PreTrainedConfig, vocab_size: int, attention: str = "sdpa") -> LanguageModel:
+    """A freshly initialised model, on the default device (so ``with torch.device("meta")`` costs no memory).
+
+    Args:
+        config: Of the model.
+        vocab_size: Real tokens.
+        attention: ``sdpa``, or ``flex`` for FlexAttention.
+    """
+    chosen = _attention(config, attention)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation=chosen)  # type: ignore[no-untyped-call]
     return LanguageModel(hf, vocab_size)
 
 
-def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_language_model(
+    path: str, vocab_size: int, dtype: torch.dtype = torch.float32, attention: str = "sdpa", quantization: Any = None
+) -> LanguageModel:
     """A trained model from a folder or hub name.
+
+    Args:
+        path: Folder or hub name.
+        vocab_size: Real tokens.
+        dtype: Of the weights.
+        attention: See `build_language_model`.
+        quantization: A Hugging Face quantisation config for the matrices of the blocks, or None.
 
     Raises:
         UserError: If the weights are missing or the architecture is not supported.
     """
-    attention = _attention(load_config(path))
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            attn_implementation=_attention(load_config(path), "sdpa"),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise _not_found(path, "weights of a language model") from error
@@ -228,14 +266,30 @@ def load_language_model(path: str, vocab_size: int, dtype: torch.dtype = torch.f
             where=path,
             cure="copy the model's folder again",
         )
+    if quantization is not None:
+        for module in hf.modules():
+            # bitsandbytes would pack 4-bit weights for inference, on a CPU, as soon as they are used in eval mode;
+            # there is no gradient through them after that.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     model = LanguageModel(hf, vocab_size)
     model.check_against_hugging_face()
+    if attention != "sdpa":  # only now: FlexAttention does not run where weights are loaded to
+        hf.set_attn_implementation(_attention(hf.config, attention))
     return model
 
 
-def _attention(config: PreTrainedConfig) -> str:
-    """Fused attention, or the plain one for architectures that cap their scores (Gemma 2)."""
+def _attention(config: PreTrainedConfig, wanted: str) -> str:
+    """Hugging Face's name of the attention; the plain one for architectures that cap their scores (Gemma 2)."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if wanted == "flex":
+        if architecture is not None and not architecture._supports_flex_attn:
+            raise UserError(
+                f"{architecture.__name__} does not run with FlexAttention",
+                where="model.execution.attention",
+                cure="set it to sdpa",
+            )
+        return "flex_attention"
     return "eager" if architecture is not None and not architecture._supports_sdpa else "sdpa"
 
 

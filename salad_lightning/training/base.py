@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -21,9 +21,19 @@ from torch import Tensor, nn
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
+from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, read_whole
+from salad_lightning.model.parallel import check_device, compute_dtype
 from salad_lightning.training.schedule import WarmupStableDecay
+from salad_lightning.training.speed_monitor import SpeedMonitor, Work
 
-__all__ = ["AtomicCheckpointIO", "TokenLossModule", "default_optimizer", "load_checkpoint", "save_folder"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "TokenLossModule",
+    "check_outline",
+    "default_optimizer",
+    "load_checkpoint",
+    "save_folder",
+]
 
 
 def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -69,8 +79,8 @@ class TokenLossModule(LightningModule):
         self.schedule = schedule or WarmupStableDecay()
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self._totals: dict[str, Tensor] = {}
-        self._seen = {"tokens": 0.0, "audio_seconds": 0.0}
-        self._since: tuple[float, float, float] | None = None
+        self.seen = {"tokens": 0.0, "audio_seconds": 0.0}  # over the whole run, all processes
+        self.work = Work()  # of the micro-batch at hand
         self._started = 0.0
 
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
@@ -86,11 +96,44 @@ class TokenLossModule(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Refuse ways of counting an epoch that lose data on resume, and make checkpoints atomic."""
+        """Refuse what cannot work, before any weight is loaded, and make checkpoints atomic.
+
+        Raises:
+            UserError: For ways of counting an epoch that lose data on resume, a precision that the weights or the
+                device do not stand, or an optimizer that does not run under FSDP2.
+        """
+        check_device(compute_dtype(self.trainer.precision), self.trainer.strategy.root_device)
         if stage == "fit":
             _check_trainer(self.trainer)
+            self._check_optimizer()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring a `SpeedMonitor` along, unless the run has one."""
+        present = any(isinstance(callback, SpeedMonitor) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if present else [SpeedMonitor()]
+
+    def on_before_batch_transfer(self, batch: SpeechBatch, dataloader_idx: int) -> SpeechBatch:
+        """Count the work while the batch is on the host, where that costs no device sync."""
+        if self.trainer.training:
+            self.work = Work.of(batch)
+        return batch
+
+    def flops(self, work: Work) -> float:
+        """Operations that a training micro-batch needs on this process, for the MFU; 0 where they are not known."""
+        return 0.0
+
+    def _check_optimizer(self) -> None:
+        if self.device_mesh is None:
+            return
+        probe = self._build_optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+        if type(probe).__module__.startswith("bitsandbytes"):
+            raise UserError(
+                f"{type(probe).__name__} does not run under FSDP2",
+                where="model.optimizer",
+                cure="use torch.optim.AdamW, or set trainer.strategy to auto (one device) or ddp",
+            )
 
     def training_step(self, batch: SpeechBatch, batch_idx: int) -> Tensor:
         """One micro-batch: returns the *summed* loss."""
@@ -99,7 +142,8 @@ class TokenLossModule(LightningModule):
             self._totals[name] = self._totals.get(name, 0) + value.float()
         if note_trained := getattr(self.trainer.datamodule, "note_trained", None):  # type: ignore[attr-defined]
             note_trained(batch)
-        self._log_throughput(batch)
+        self.seen["tokens"] += batch.num_positions * self.trainer.world_size
+        self.seen["audio_seconds"] += batch.audio_seconds * self.trainer.world_size
         return output.sum
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -139,11 +183,11 @@ class TokenLossModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out (they are found where they were loaded from) and note their names."""
-        frozen = sorted(self._frozen_names())
-        if not _is_sharded(checkpoint["state_dict"]):
-            for name in frozen:
-                checkpoint["state_dict"].pop(name, None)
-        checkpoint["salad_lightning"] = {"frozen": frozen, "seen": dict(self._seen)}
+        frozen = self.frozen_names()
+        for name in list(checkpoint["state_dict"]):
+            if _is_of(frozen, name):
+                del checkpoint["state_dict"][name]
+        checkpoint["salad_lightning"] = {"frozen": sorted(frozen), "seen": dict(self.seen)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that nothing but frozen weights is missing.
@@ -151,9 +195,16 @@ class TokenLossModule(LightningModule):
         Raises:
             UserError: If the checkpoint is of another model.
         """
-        self._seen = dict(checkpoint.get("salad_lightning", {}).get("seen", self._seen))
+        self.seen = dict(checkpoint.get("salad_lightning", {}).get("seen", self.seen))
         if "state_dict" in checkpoint:
             self.check_weights(checkpoint, "the checkpoint")
+
+    def check_checkpoint(self, path: str) -> None:
+        """Refuse a checkpoint to go on from, or to measure, before any weight is loaded.
+
+        Raises:
+            UserError: If it does not fit.
+        """
 
     def check_weights(self, checkpoint: Mapping[str, Any], where: str) -> None:
         """Compare names and shapes of a checkpoint's weights with this module's.
@@ -161,19 +212,11 @@ class TokenLossModule(LightningModule):
         Raises:
             UserError: If a weight is missing that was not frozen, unknown, or of another shape.
         """
-        theirs, ours = checkpoint["state_dict"], self.state_dict()
-        frozen = set(checkpoint.get("salad_lightning", {}).get("frozen", ()))
-        missing = sorted(set(ours) - set(theirs) - frozen - self._frozen_names())
-        unknown = sorted(set(theirs) - set(ours))
-        shapes = [f"{n} {tuple(theirs[n].shape)} here {tuple(ours[n].shape)}" for n in theirs if n in ours
-                  and theirs[n].shape != ours[n].shape]  # fmt: skip
-        for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
-            if names:
-                raise UserError(
-                    f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
-                    where=where,
-                    cure="use the same llm, encoder and connector as the run that wrote it",
-                )
+        _compare_weights(self.state_dict(), checkpoint, where, self.frozen_names())
+
+    def frozen_names(self) -> set[str]:
+        """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""
+        return _frozen_names(self)
 
     def on_fit_start(self) -> None:
         """Start the clock."""
@@ -190,38 +233,55 @@ class TokenLossModule(LightningModule):
             "steps": self.trainer.global_step,
             "seconds": round(time.perf_counter() - self._started, 2),
             "trainable_parameters": trained,
-            **self._seen,
+            **self.seen,
         }
         (folder / "fit.json").write_text(json.dumps(content, indent=1))
 
-    def _frozen_names(self) -> set[str]:
-        """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""
-        frozen = {name for name, parameter in self.named_parameters(remove_duplicate=False)
-                  if not parameter.requires_grad}  # fmt: skip
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        for name, _ in self.named_buffers():
-            owner = ".".join(name.split(".")[:2])
-            if not fnmatch.filter(trained, f"{owner}.*"):
-                frozen.add(name)
-        return frozen
 
-    def _log_throughput(self, batch: SpeechBatch) -> None:
-        """Host-side counts and the clock only: no device sync."""
-        self._seen["tokens"] += batch.num_positions * self.trainer.world_size
-        self._seen["audio_seconds"] += batch.audio_seconds * self.trainer.world_size
-        now = (time.perf_counter(), self._seen["tokens"], self._seen["audio_seconds"])
-        values = {"padding_share": batch.padding_share, **self._seen}
-        if self._since is not None:
-            elapsed = max(now[0] - self._since[0], 1e-9)
-            values["tokens_per_second"] = (now[1] - self._since[1]) / elapsed
-            values["audio_seconds_per_second"] = (now[2] - self._since[2]) / elapsed
-        self._since = now
-        self.log_dict({f"train/{name}": float(value) for name, value in values.items()}, batch_size=1)
+def check_outline(module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
+    """Compare names and shapes of a checkpoint's weights with a module's, either of which may be on the meta device.
+
+    Args:
+        module: With the names that the checkpoint has.
+        checkpoint: With ``state_dict``.
+        where: Its path.
+
+    Raises:
+        UserError: If a weight is missing that was not frozen, unknown, or of another shape.
+    """
+    _compare_weights(module.state_dict(), checkpoint, where, _frozen_names(module))
 
 
-def _is_sharded(state_dict: Mapping[str, Any]) -> bool:
-    """Distributed checkpoints are read back key by key, before any leniency is looked at, so they stay complete."""
-    return any(type(value).__name__ == "DTensor" for value in state_dict.values())
+def _compare_weights(ours: Mapping[str, Any], checkpoint: Mapping[str, Any], where: str, frozen: set[str]) -> None:
+    theirs = checkpoint["state_dict"]
+    frozen = frozen | set(checkpoint.get("salad_lightning", {}).get("frozen", ()))
+    missing = sorted(name for name in set(ours) - set(theirs) if not _is_of(frozen, name))
+    unknown = sorted(set(theirs) - set(ours))
+    shapes = [f"{n} {tuple(theirs[n].shape)} here {tuple(ours[n].shape)}" for n in theirs if n in ours
+              and theirs[n].shape != ours[n].shape]  # fmt: skip
+    for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
+        if names:
+            raise UserError(
+                f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
+                where=where,
+                cure="use the same llm, encoder and connector as the run that wrote it",
+            )
+
+
+def _is_of(frozen: set[str], name: str) -> bool:
+    """Whether a state-dict entry is a frozen weight, or belongs to one: the scales of a 4-bit one are entries below."""
+    return name in frozen or (".weight." in name and name[: name.index(".weight.")] + ".weight" in frozen)
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False)
+              if not parameter.requires_grad}  # fmt: skip
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name, _ in module.named_buffers():
+        owner = ".".join(name.split(".")[:2])
+        if not fnmatch.filter(trained, f"{owner}.*"):
+            frozen.add(name)
+    return frozen
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -239,19 +299,23 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
-    """A checkpoint file, on the CPU.
+def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline: bool = False) -> dict[str, Any]:
+    """A checkpoint, in one file or sharded, on the CPU.
 
     Args:
-        path: The file.
+        path: The file or folder.
         weights_only: Refuse anything but plain data, which could run code.
+        outline: For names, shapes and settings alone: weights are left on disk until they are looked at, or are on the
+            meta device.
 
     Raises:
         UserError: If there is no such file, or it is no checkpoint.
     """
     where, cure = str(path), "give the path of a .ckpt file that a run has written"
+    if is_checkpoint_folder(path):
+        return read_whole(path, weights_only=weights_only, outline=outline)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only)
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=outline)
     except FileNotFoundError as error:
         raise UserError("no such checkpoint", where=where, cure=cure) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:

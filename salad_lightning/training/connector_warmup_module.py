@@ -9,6 +9,7 @@ from torch.nn import functional
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.errors import UserError
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
+from salad_lightning.training.speed_monitor import Work
 
 __all__ = ["ConnectorWarmupModule"]
 
@@ -59,6 +60,10 @@ class ConnectorWarmupModule(SpeechLLMModule):
         )  # fmt: skip
         parts = {"ctc": loss.detach()} | {name: value.detach() for name, value in losses.items()}
         return ObjectiveOutput(sum(losses.values(), loss), target_lengths_K.sum(), parts)
+
+    def flops(self, work: Work) -> float:
+        """Not counted: the language model does not run, and CTC's logits are most of the work."""
+        return 0.0
 
     def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the validation loss."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Memory", "TransformerSize", "forward_flops", "gpu_hours", "memory_per_gpu", "model_flops_utilisation",
-           "step_flops"]  # fmt: skip
+__all__ = ["QWEN2_5", "Memory", "TransformerSize", "forward_flops", "gpu_hours", "memory_per_gpu",
+           "model_flops_utilisation", "predicted_table", "speech_flops", "step_flops"]  # fmt: skip
 
 GIB = 2**30
 
@@ -62,14 +62,50 @@ def step_flops(
     teacher_positions: int,
     predicted: int,
     mean_context: float,
+    teacher_mean_context: float | None = None,
+    trained_share: float = 1.0,
 ) -> float:
-    """Operations that a training step needs: three forward passes of the student (a backward pass is two), one of the
-    teacher. Recomputed activations are not counted: they are the price of memory and not what the model needs.
-    """  # noqa: D205
-    total = 3.0 * forward_flops(student, positions, predicted, mean_context)
+    """Operations that a training step of the language models needs.
+
+    Three forward passes of the student (a backward pass is one for the activations and one for the weights), one of the
+    teacher. Frozen weights have no gradient, only what flows through them. Recomputed activations are not counted:
+    they are the price of memory and not what the model needs.
+
+    Args:
+        student: In training.
+        teacher: Frozen, or None.
+        positions: Of the student that hold something.
+        teacher_positions: Of the teacher that hold something.
+        predicted: Tokens that the heads are applied to.
+        mean_context: Positions that a position of the student sees on average.
+        teacher_mean_context: The same of the teacher; by default as the student.
+        trained_share: Of the student's parameters, 0 to 1.
+    """
+    total = (2.0 + trained_share) * forward_flops(student, positions, predicted, mean_context)
     if teacher is not None:
-        total += forward_flops(teacher, teacher_positions, predicted, mean_context)
+        context = mean_context if teacher_mean_context is None else teacher_mean_context
+        total += forward_flops(teacher, teacher_positions, predicted, context)
     return total
+
+
+def speech_flops(
+    *, encoder_parameters: int, frames: float, connector_parameters: int, positions: int, trained_share: float = 1.0
+) -> float:
+    """Operations of the frozen encoder, forward, and of the connector, forward and backward.
+
+    Two a parameter and frame, or position. Layers that run at a higher rate than their output (convolutions over
+    samples, what comes before a stack of frames), and attention, cost more: the figure is a lower bound, of a part that
+    is small beside the language models.
+
+    Args:
+        encoder_parameters: All of them.
+        frames: That the encoder makes of audio; none of pre-encoded speech.
+        connector_parameters: All of them.
+        positions: That the connector makes.
+        trained_share: Of the connector's parameters, 0 to 1.
+    """
+    connector = (2.0 + trained_share) * connector_parameters * positions
+    return 2.0 * (encoder_parameters * frames + connector)
 
 
 def model_flops_utilisation(flops: float, seconds: float, peak_flops_per_second: float) -> float:
@@ -87,6 +123,14 @@ def model_flops_utilisation(flops: float, seconds: float, peak_flops_per_second:
     if not (seconds > 0 and peak_flops_per_second > 0):
         raise ValueError(f"seconds ({seconds}) and peak ({peak_flops_per_second}) must be positive.")
     return flops / (seconds * peak_flops_per_second)
+
+
+# https://huggingface.co/Qwen, config.json and weights of the base models.
+QWEN2_5 = {
+    "0.5B": TransformerSize(494_032_768, 151_936, 896, 24, 896, tied=True),
+    "3B": TransformerSize(3_085_938_688, 151_936, 2048, 36, 2048, tied=True),
+    "7B": TransformerSize(7_615_616_512, 152_064, 3584, 28, 3584, tied=False),
+}
 
 
 class Memory(NamedTuple):
@@ -154,3 +198,50 @@ def gpu_hours(flops_per_position: float, positions: float, peak_flops_per_second
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must be above 0 and at most 1, not {mfu}.")
     return flops_per_position * positions / (peak_flops_per_second * mfu) / 3600
+
+
+def predicted_table(
+    *,
+    sizes: dict[str, TransformerSize],
+    gpus: tuple[int, ...] = (1, 8, 64),
+    positions: float = 24e9,
+    positions_per_gpu: int = 8192,
+    predicted_share: float = 0.6,
+    teacher_share: float = 0.8,
+    mean_context: float = 200.0,
+    mfu: float = 0.4,
+    peak_flops_per_second: float = 989e12,
+    gpu_gib: float = 80.0,
+) -> str:
+    """Memory and GPU-hours of Stage I as a Markdown table: fully trained, FSDP2, KL against a teacher of the same size.
+
+    Args:
+        sizes: Language models by name.
+        gpus: Numbers of them.
+        positions: Of the whole run; 24e9 is Stage I (arXiv 2510.13632, section 4).
+        positions_per_gpu: Of a micro-batch.
+        predicted_share: Predicted tokens a position: speech positions have none.
+        teacher_share: Teacher positions a student position: transcripts are shorter than their speech.
+        mean_context: Earlier positions that a position sees.
+        mfu: Model FLOPs utilisation: measure it, and put it here.
+        peak_flops_per_second: Of one GPU.
+        gpu_gib: Memory of one GPU; what needs more is marked.
+    """
+    lines = ["| LLM | GPUs | GiB a GPU | GPU-hours | days |", "|---|---|---|---|---|"]
+    for name, size in sizes.items():
+        flops = step_flops(
+            size,
+            size,
+            positions=1_000_000,
+            teacher_positions=round(1_000_000 * teacher_share),
+            predicted=round(1_000_000 * predicted_share),
+            mean_context=mean_context,
+        )
+        hours = gpu_hours(flops / 1_000_000, positions, peak_flops_per_second, mfu)
+        for count in gpus:
+            memory = memory_per_gpu(size, size, gpus=count, positions_per_gpu=positions_per_gpu).total / GIB
+            if memory > gpu_gib:
+                lines.append(f"| {name} | {count} | {memory:.0f}, does not fit {gpu_gib:.0f} | – | – |")
+            else:
+                lines.append(f"| {name} | {count} | {memory:.0f} | {hours:,.0f} | {hours / count / 24:,.1f} |")
+    return "\n".join(lines)

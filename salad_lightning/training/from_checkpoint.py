@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from lightning.pytorch.cli import instantiate_module
 
 from salad_lightning.errors import UserError
+from salad_lightning.model.adapters import merge_adapters
 from salad_lightning.registry import load_all
 from salad_lightning.training.base import load_checkpoint
 from salad_lightning.training.handover import check_not_decayed
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
-__all__ = ["Trained", "module_of", "trained_module"]
+__all__ = ["Trained", "from_checkpoint", "module_of", "trained_module"]
 
 
 class Trained(NamedTuple):
@@ -45,6 +46,19 @@ def module_of(path: str, *, allow_decayed: bool = False) -> SpeechLLMModule:
     return _build(checkpoint, path)
 
 
+def from_checkpoint(checkpoint: str, report_by: str = "category") -> SpeechLLMModule:
+    """A trained model for a recipe: ``class_path`` of a model that is described by its checkpoint alone.
+
+    Args:
+        checkpoint: That `fit` wrote; its LLM and encoder must be where it was trained from.
+        report_by: JSON field of the samples by which test results are broken down.
+
+    Raises:
+        UserError: If it is no checkpoint of a speech LLM.
+    """
+    return _build(load_checkpoint(checkpoint, weights_only=True), checkpoint, init_from=checkpoint, report_by=report_by)
+
+
 def trained_module(path: str) -> Trained:
     """The module that wrote a checkpoint, with its weights.
 
@@ -59,17 +73,20 @@ def trained_module(path: str) -> Trained:
     module.configure_model()
     module.check_weights(checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
+    if checkpoint["hyper_parameters"].get("lora"):
+        merge_adapters(module.model.llm)  # a plain model, for whatever comes next
     module.eval()
     return Trained(module, checkpoint["hyper_parameters"], int(checkpoint.get("global_step", 0)))
 
 
-def _build(checkpoint: dict[str, Any], path: str) -> SpeechLLMModule:
+def _build(checkpoint: dict[str, Any], path: str, **changes: Any) -> SpeechLLMModule:
     settings = dict(checkpoint.get("hyper_parameters", {}))
     if "encoder" not in settings or "objective" not in settings:
         cure = "give one that `fit` of a SpeechLLMModule wrote, such as the pre_decay.ckpt of a Stage-I run"
         raise UserError("not a checkpoint of a speech LLM", where=path, cure=cure)
     settings.pop("_instantiator", None)
-    settings["init_from"] = None  # what it began from matters no more
+    # What it began from matters no more.
+    settings |= {"init_from": None, "require_pre_decay": False, **changes}
     load_all()  # its parts may be plugins
     module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
     return module

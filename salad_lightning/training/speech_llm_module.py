@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,19 +13,49 @@ from torch import Tensor, nn
 from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
-from salad_lightning.evaluation.gap import GapReport, Measured, measure
+from salad_lightning.evaluation.gap import measure
 from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Objective
-from salad_lightning.model.llm import LanguageModel, load_config, load_language_model, load_tokenizer
-from salad_lightning.model.parallel import compute_dtype, shard_language_model, shard_speech_llm
+from salad_lightning.model.adapters import LoRA, adapters_off, add_adapters, nf4, quantization_kl
+from salad_lightning.model.execution import Execution, prepare_blocks
+from salad_lightning.model.llm import (
+    LanguageModel,
+    build_language_model,
+    load_config,
+    load_language_model,
+    load_tokenizer,
+)
+from salad_lightning.model.parallel import (
+    check_device,
+    compute_dtype,
+    load_full,
+    reshard,
+    shard_language_model,
+    shard_speech_llm,
+)
+from salad_lightning.model.placement import Placement, load_placed
 from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
-from salad_lightning.training.base import TokenLossModule, default_optimizer, load_checkpoint, save_folder
+from salad_lightning.model.streaming import meta_parameters
+from salad_lightning.training.base import (
+    check_outline,
+    default_optimizer,
+    load_checkpoint,
+)
+from salad_lightning.training.cost import speech_flops, step_flops
 from salad_lightning.training.handover import check_handover, check_not_decayed, describe_parts
+from salad_lightning.training.measured_module import MeasuredModule
 from salad_lightning.training.schedule import WarmupStableDecay
+from salad_lightning.training.speed_monitor import Work, count_parameters, size_of, trained_share
 
 __all__ = ["SpeechLLMModule"]
 
+# What quantisation is measured on; no model has to have seen it.
+_PROBE = (
+    "The kettle had just begun to sing when the postman knocked. She put the letter on the table, beside the bread and "
+    "the blue jug, and did not open it until the evening, when the last boats had come in and the harbour was still."
+)
 
-class SpeechLLMModule(TokenLossModule):
+
+class SpeechLLMModule(MeasuredModule):
     """Connector and LLM trained on interleaved text and speech, against the LLM's own text-only self.
 
     Args:
@@ -46,6 +76,10 @@ class SpeechLLMModule(TokenLossModule):
         require_pre_decay: Refuse an ``init_from`` whose learning rate had decayed: Stage II goes on from before.
         gap_every_n_steps: Measure misalignment and forgetting on the training batch every so many steps; 0 is never.
         report_by: JSON field of the samples by which test results are broken down.
+        execution: Activation checkpointing, compilation and attention kernel.
+        lora: Train low-rank updates of the LLM in place of all its weights; the teacher is then the same weights
+            without them. On one device or under DDP.
+        quantize: ``nf4`` holds the LLM's frozen matrices in 4 bits (QLoRA); needs ``lora``.
     """
 
     def __init__(
@@ -66,8 +100,11 @@ class SpeechLLMModule(TokenLossModule):
         require_pre_decay: bool = False,
         gap_every_n_steps: int = 0,
         report_by: str = "domain",
+        execution: Execution | None = None,
+        lora: LoRA | None = None,
+        quantize: Literal["nf4"] | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, report_by=report_by)
         self.save_hyperparameters()
         self.objective = objective
         self._llm_path, self._teacher_path = llm, teacher or llm
@@ -87,36 +124,110 @@ class SpeechLLMModule(TokenLossModule):
         self._rates = {"connector": connector_lr, "llm": llm_lr}
         self._freeze, self._init_from, self._require_pre_decay = freeze or [], init_from, require_pre_decay
         self._encoder_identity = ""
-        self._gap_every, self._report_by = gap_every_n_steps, report_by
+        self._gap_every = gap_every_n_steps
+        self._execution, self._lora, self._quantize = execution or Execution(), lora, quantize
+        if quantize and lora is None:
+            raise UserError(
+                f"{quantize} weights cannot be trained",
+                where="model.quantize",
+                cure="leave it out, or set model.lora too",
+            )
         self._teacher: tuple[LanguageModel] | None = None
-        self._reports: dict[str, GapReport] = {}
-        self._rows: list[dict[str, Any]] = []
         self._gap: dict[str, Tensor] = {}  # sums and counts of this optimizer step
-        self.model: SpeechLLM
+        self._probe_kl: float | None = None
+        self._counted: dict[str, Any] = {}  # what flops() needs of the model, once it is there
+
+    def setup(self, stage: str) -> None:
+        """See `TokenLossModule.setup`; also refuse what does not go together, before any weight is loaded."""
+        super().setup(stage)
+        self._execution.check(self.trainer.strategy.root_device)
+        for key, value in (("lora", self._lora), ("quantize", self._quantize)):
+            if value and self.device_mesh is not None:
+                raise UserError(
+                    f"{key} does not run under FSDP2",
+                    where=f"model.{key}",
+                    cure="set trainer.strategy to auto (one device) or ddp, or leave it out",
+                )
+        if self._init_from and not hasattr(self, "model"):
+            self.check_checkpoint(self._init_from)
 
     def configure_model(self) -> None:
         """Load the weights, once, and spread them if the strategy asks for it."""
         if hasattr(self, "model"):
             return
         attached = self._trainer is not None
-        dtype = compute_dtype(self.trainer.precision) if attached else torch.float32
-        vocab_size = len(self._tokenizer)
-        encoder, connector = self._parts
-        llm = load_language_model(self._llm_path, vocab_size)
-        model = SpeechLLM(llm=llm, encoder=encoder, connector=connector, switch_embeddings=self._switch)
-        freeze(model, self._freeze)
+        place = self._placement()
+        llm = self._load_llm(place, attached)
+        model = self._assemble(llm)
+        # Spans are of any length: only checkpointing is for the connector.
+        prepare_blocks(getattr(model.connector, "layers", []), dataclasses.replace(self._execution, compile=False))
+        if place.mesh is not None:
+            sharded_encoder = getattr(self.trainer.strategy, "shard_encoder", False)
+            shard_speech_llm(model, place.mesh, place.dtype, encoder=sharded_encoder)
+            model.check_llm()
+            reshard(model)
         self.model = model.train()  # from_pretrained gives eval mode; the encoder stays in it
         if self._init_from:
+            if not attached:
+                self.check_checkpoint(self._init_from)
             self._take_weights(self._init_from)
-        if not attached:
-            return
-        # The teacher is not a registered submodule: it is never trained, saved or summarised. Hence the tuple.
-        teacher = load_language_model(self._teacher_path, vocab_size, dtype).requires_grad_(False).eval()
-        teacher.to(self.trainer.strategy.root_device)
-        if self.device_mesh is not None:
-            shard_speech_llm(model, self.device_mesh["data_parallel"], dtype)
-            shard_language_model(teacher, self.device_mesh["data_parallel"], dtype)
-        self._teacher = (teacher,)
+        if attached and not self._teaches_itself:
+            # The teacher is not a registered submodule: it is never trained, saved or summarised. Hence the tuple.
+            self._teacher = (self._load_teacher(place),)
+
+    def _placement(self) -> Placement:
+        if self._trainer is None:
+            return Placement(torch.device("cpu"), torch.float32)
+        dtype, device = compute_dtype(self.trainer.precision), self.trainer.strategy.root_device
+        check_device(dtype, device)
+        return Placement(device, dtype, None if self.device_mesh is None else self.device_mesh["data_parallel"])
+
+    def _load_llm(self, place: Placement, attached: bool) -> LanguageModel:
+        vocab_size, settings = len(self._tokenizer), self._execution
+        again = dataclasses.replace(settings, compile=False)  # load_placed leaves checkpointing of frozen blocks out
+        if self._lora is None:
+            frozen = "llm.*" in self._freeze  # and so in the compute dtype
+            llm = load_placed(self._llm_path, vocab_size, place, settings, trained=not frozen)
+            prepare_blocks(llm.blocks if frozen else [], again)
+            return llm
+        quantization = nf4(place.dtype) if self._quantize and attached else None
+        llm = load_placed(self._llm_path, vocab_size, place, settings, trained=not attached, quantization=quantization)
+        if quantization is not None:
+            self._report_quantization(llm, place)
+        add_adapters(llm, self._lora)
+        prepare_blocks(llm.blocks, again)
+        return llm
+
+    def _assemble(self, llm: LanguageModel) -> SpeechLLM:
+        encoder, connector = self._parts
+        model = SpeechLLM(llm=llm, encoder=encoder, connector=connector, switch_embeddings=self._switch)
+        freeze(model, self._freeze)
+        return model
+
+    def _load_teacher(self, place: Placement) -> LanguageModel:
+        settings = self._execution
+        teacher = load_placed(self._teacher_path, len(self._tokenizer), place, settings, trained=False)
+        teacher.requires_grad_(False).eval().to(place.device)
+        if place.mesh is not None:
+            shard_language_model(teacher, place.mesh, place.dtype)
+            teacher.check_against_hugging_face()
+            reshard(teacher)
+        return teacher
+
+    @property
+    def _teaches_itself(self) -> bool:
+        """Whether the LLM without its adapters is the teacher."""
+        return self._lora is not None and self._teacher_path == self._llm_path
+
+    def _report_quantization(self, llm: LanguageModel, place: Placement) -> None:
+        """How far the 4-bit model, which is the teacher too, is from the original."""
+        exact = load_language_model(self._llm_path, len(self._tokenizer), place.dtype)
+        llm.to(place.device)
+        kl = quantization_kl(exact.to(place.device), llm, self._tokenizer.encode(_PROBE))
+        self._probe_kl = kl
+        rank_zero_info(
+            f"KL of the original LLM to its {self._quantize} weights: {kl:.4f} nats a token, on a short text"
+        )
 
     def sequence_spec(self) -> SequenceSpec:
         """Lengths and tokenizer, for the data module."""
@@ -165,91 +276,53 @@ class SpeechLLMModule(TokenLossModule):
         for logger in self.trainer.loggers:
             logger.log_metrics({f"train/{n}": v for n, v in zip(names, values, strict=True)}, step=self.global_step)
 
+    def on_train_start(self) -> None:
+        """Log, once, what quantisation changed."""
+        if self._probe_kl is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"train/quantization_kl": self._probe_kl}, step=0)
+
+    def flops(self, work: Work) -> float:
+        """Student, teacher (where the objective asks it), frozen encoder and connector: `training.cost`."""
+        if not self._counted:
+            self._counted = {
+                "llm": size_of(self.model.llm),
+                "llm_trained": trained_share(self.model.llm),
+                "encoder": count_parameters(self.model.encoder),
+                "connector": count_parameters(self.model.connector),
+                "connector_trained": trained_share(self.model.connector),
+            }
+            if self.objective.needs_teacher:
+                self._counted["teacher"] = size_of(self._teacher[0]) if self._teacher else self._counted["llm"]
+        counted, encoder = self._counted, self.model.encoder
+        llms = step_flops(
+            counted["llm"],
+            counted.get("teacher"),
+            positions=work.positions,
+            teacher_positions=work.teacher_positions,
+            predicted=work.predicted,
+            mean_context=work.context / max(work.positions, 1),
+            teacher_mean_context=work.teacher_context / max(work.teacher_positions, 1),
+            trained_share=counted["llm_trained"],
+        )
+        speech = speech_flops(
+            encoder_parameters=counted["encoder"],
+            frames=work.samples * encoder.frame_rate_hz / encoder.sample_rate_hz,
+            connector_parameters=counted["connector"],
+            positions=work.speech_positions,
+            trained_share=counted["connector_trained"],
+        )
+        return llms + speech
+
     @torch.no_grad()
     def teach(self, batch: SpeechBatch) -> Prediction:
         """Q(· | w): the original LLM's prediction of the batch's tokens from the plain transcripts."""
+        if self._teaches_itself:
+            with adapters_off(self.model.llm):
+                return predict_transcripts(self.model.llm, batch)
         if self._teacher is None:
             raise RuntimeError("the teacher is loaded by a Trainer; this module is not attached to one")
         return predict_transcripts(self._teacher[0], batch)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start one report for each validation set."""
-        self._reports = {name: GapReport(self._report_by) for name in self._set_names("val")}
-
-    def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """NLL, KL, M and F of one batch."""
-        self._measure(batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means of each validation set."""
-        for name, report in self._reports.items():
-            report.gather(self.device)
-            for metric, value in report.overall().items():
-                self.log(f"val/{name}/{metric}", value, prog_bar=metric == "misalignment", sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        """Start one report for each test set."""
-        self._reports = {name: GapReport(self._report_by) for name in self._set_names("test")}
-
-    def test_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """NLL, KL, M and F, and the scores of multiple-choice options."""
-        self._measure(batch, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures, print the gap table and write ``test.json``."""
-        for name, report in self._reports.items():
-            report.gather(self.device)
-            self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, sync_dist=True)
-        if self.trainer.is_global_zero:
-            GapReport.write(self._reports, save_folder(self.trainer) / "test.json")
-
-    def on_predict_start(self) -> None:
-        """Forget earlier rows."""
-        self._rows = []
-
-    def predict_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One row a document: its predicted tokens, their log-probabilities from speech and from text, and the KL."""
-        measured = self._measured(batch)
-        columns = {
-            "tokens": batch.labels_M,
-            "speech_log_probs": measured.speech_log_prob_M,
-            "text_log_probs": measured.text_log_prob_M,
-            "base_log_probs": measured.base_log_prob_M,
-            "kl": measured.kl_M,
-            "after_speech": measured.after_speech_M,
-        }
-        owners, values = batch.predict_document_M.tolist(), {name: v.tolist() for name, v in columns.items()}
-        rows: list[dict[str, Any]] = [
-            {"key": info.key, "source": info.source, "choice": info.choice, **{name: [] for name in columns}}
-            for info in batch.documents
-        ]
-        for at, owner in enumerate(owners):
-            for name in columns:
-                rows[owner][name].append(values[name][at])
-        self._rows += rows
-        return rows
-
-    def on_predict_end(self) -> None:
-        """Write ``predictions.jsonl``; with several processes, one file each."""
-        rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
-        path = save_folder(self.trainer) / f"predictions{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        aside.replace(path)
-
-    def _measured(self, batch: SpeechBatch) -> Measured:
-        return measure(self.model, batch, self.teach(batch))
-
-    def _measure(self, batch: SpeechBatch, dataloader_idx: int) -> None:
-        # A rank's batch may hold no document at all; sharded models still need every rank to run.
-        report = list(self._reports.values())[dataloader_idx]
-        report.update(self._measured(batch), batch)
-
-    def _set_names(self, stage: str) -> list[str]:
-        names = getattr(self.trainer.datamodule, f"{stage}_names", None)  # type: ignore[attr-defined]
-        loaders = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
-        return list(names) if names else [str(index) for index in range(len(loaders))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the parts, for the next stage."""
@@ -265,12 +338,28 @@ class SpeechLLMModule(TokenLossModule):
             switch=self._switch,
         )
 
+    def check_checkpoint(self, path: str) -> None:
+        """Refuse a checkpoint of other parts or shapes, from names and shapes alone.
+
+        Raises:
+            UserError: With what differs.
+        """
+        checkpoint = load_checkpoint(path, weights_only=True, outline=True)
+        check_handover(checkpoint, self._described(), path)
+        if self._require_pre_decay and path == self._init_from:
+            check_not_decayed(checkpoint, path)
+        with meta_parameters():
+            llm = build_language_model(self._config, len(self._tokenizer))
+        if self._lora is not None:
+            add_adapters(llm, self._lora)
+        # This module as it will be: the names of its weights begin with those of its attributes.
+        check_outline(nn.ModuleDict({"model": self._assemble(llm), "objective": self.objective}), checkpoint, path)
+
     def _take_weights(self, path: str) -> None:
         checkpoint = load_checkpoint(path, weights_only=True)
-        check_handover(checkpoint, self._described(), path)
-        if self._require_pre_decay:
-            check_not_decayed(checkpoint, path)
-        self.check_weights(checkpoint, path)
-        self.load_state_dict(checkpoint["state_dict"], strict=False)
+        if self._trainer is None or self.device_mesh is None:
+            self.load_state_dict(checkpoint["state_dict"], strict=False)
+        else:
+            load_full(self, checkpoint["state_dict"])
         taken, step = len(checkpoint["state_dict"]), checkpoint.get("global_step", 0)
         rank_zero_info(f"{taken} weights taken from {path} (step {step}); the optimizer starts afresh")

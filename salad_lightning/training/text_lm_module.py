@@ -16,7 +16,9 @@ from salad_lightning.model.llm import build_language_model, load_config, load_la
 from salad_lightning.model.speech_llm import predict_transcripts
 from salad_lightning.projection import token_log_probs
 from salad_lightning.training.base import TokenLossModule, default_optimizer
+from salad_lightning.training.cost import step_flops
 from salad_lightning.training.schedule import WarmupStableDecay
+from salad_lightning.training.speed_monitor import Work, size_of
 
 __all__ = ["TextLMModule"]
 
@@ -79,6 +81,17 @@ class TextLMModule(TokenLossModule):
         """The objective at the predicted tokens of plain text."""
         output: ObjectiveOutput = self.objective(predict_transcripts(self.model, batch), None, batch.labels_M)
         return output
+
+    def flops(self, work: Work) -> float:
+        """Three passes over plain text."""
+        return step_flops(
+            size_of(self.model),
+            None,
+            positions=work.teacher_positions,
+            teacher_positions=0,
+            predicted=work.predicted,
+            mean_context=work.teacher_context / max(work.teacher_positions, 1),
+        )
 
     @torch.no_grad()
     def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -57,7 +57,7 @@ def test_logged_figures(trained):
     for name in every_step:
         assert len(trained.column(name)) == 30, name
     for name in ("train/tokens_per_second", "train/audio_seconds_per_second"):
-        assert len(trained.column(name)) == 29, name
+        assert len(trained.column(name)) == 30, name
         assert min(trained.column(name)) >= 0, name
     assert trained.column("train/loss") == trained.column("train/kl")
     assert all(0 <= share < 0.6 for share in trained.column("train/padding_share"))
@@ -231,7 +231,7 @@ def test_sigterm_saves_the_last_step(world):
     run = TinyRun(world.folder / "terminated")
     assert run.checkpoint()["global_step"] == 4
     resumed = world.run("fit", "terminated", "--ckpt_path=last", *TEN)
-    assert [row["step"] for row in resumed.metrics()][-6:] == [4, 5, 6, 7, 8, 9]
+    assert [row["step"] for row in resumed.metrics() if "train/loss" in row][-6:] == [4, 5, 6, 7, 8, 9]
 
 
 def test_checkpoints_by_time(world):
