@@ -50,10 +50,16 @@ COMMANDS = {
         "choose, by misalignment, which texts to speak", "salad_lightning.commands.select", lightning=True
     ),
     "synthesize": Command("turn a manifest of texts into shards of speech", "salad_lightning.corpus.synthesize"),
+    "questions": Command(
+        "turn a multiple-choice dataset into shards of spoken questions", "salad_lightning.commands.questions"
+    ),
+    "transcribe": Command("measure word and character error rates on shards", "salad_lightning.commands.transcribe"),
     "generate": Command(
         "let an exported model continue prompts with speech in them", "salad_lightning.commands.generate"
     ),
+    "consolidate": Command("write a sharded checkpoint as one file", "salad_lightning.commands.consolidate"),
     "export": Command("write a checkpoint as a Hugging Face folder", "salad_lightning.commands.export"),
+    "report": Command("show runs side by side on one HTML page", "salad_lightning.commands.report"),
     "plugins": Command(
         "list the installed encoders, connectors, objectives and synthesizers", "salad_lightning.commands.plugins"
     ),

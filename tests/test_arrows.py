@@ -22,7 +22,7 @@ LAYERS = [
     {"model", "corpus"},
     {"evaluation", "export"},
     {"training"},
-    {"demo", "selection"},
+    {"demo", "selection", "report"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -362,9 +362,5 @@ def test_commands_are_importable_and_follow_the_protocol():
 
 def test_plugins_json_is_json(capsys):
     assert main(["plugins", "--json"]) == 0
-    assert {row["kind"] for row in json.loads(capsys.readouterr().out)} == {
-        "encoder",
-        "connector",
-        "objective",
-        "synthesizer",
-    }
+    kinds = {row["kind"] for row in json.loads(capsys.readouterr().out)}
+    assert {"encoder", "connector", "objective", "synthesizer"} <= kinds

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from salad_lightning.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         step,
         fit=_result(args.checkpoint, "fit.json"),
         test=_result(args.checkpoint, "test.json"),
+        sources=_sources(args.checkpoint),
         llm_only=args.llm_only,
     )
     spec = module.sequence_spec()
@@ -54,6 +57,26 @@ def run(args: argparse.Namespace) -> None:
         )
     size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
     print(f"{args.folder}: step {step}, {size / 1e6:.1f} MB; name a licence in its README.md before you share it")
+
+
+def _sources(checkpoint: Path) -> list[dict[str, Any]]:
+    """What the run that wrote the checkpoint trained on: from the configuration beside its logs, if that is there."""
+    logs = sorted(
+        (checkpoint.parent.parent / "logs").glob("version_*/config.yaml"), key=lambda path: path.stat().st_mtime
+    )
+    for path in reversed(logs):
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["init_args"]
+            if data["train"]:
+                return [{**source, "name": source["name"] or _name(source["shards"])} for source in data["train"]]
+        except (yaml.YAMLError, KeyError, TypeError):  # of another data module
+            continue
+    return []
+
+
+def _name(shards: str | list[str]) -> str:
+    path = Path(shards if isinstance(shards, str) else shards[0])
+    return (path.parent if path.name.endswith(".tar") else path).name
 
 
 def _result(checkpoint: Path, name: str) -> dict[str, Any] | None:

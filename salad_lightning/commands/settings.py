@@ -57,7 +57,10 @@ def check_part_names(settings: Sequence[Setting], registry: Registry) -> None:
     Raises:
         UserError: For a name that no package offers, that failed to load, or that two packages claim.
     """
+    modules = {part.name for part in registry.parts if part.kind == "module"}
     for setting in settings:
+        if setting.key == "model" and setting.value in modules:  # others are this package's own, or full paths
+            registry.find("module", setting.value, where=f"{setting.where} ({setting.key})")
         root, _, last = setting.key.rpartition(".")
         for kind in INTERFACES:
             if last == kind and root.startswith("model") and setting.value.isidentifier() and setting.value != "null":

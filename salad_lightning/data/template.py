@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import string
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,39 @@ from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.tokens import tokenize
 from salad_lightning.errors import UserError
 
-__all__ = ["TemplateDocuments"]
+__all__ = ["Heard", "Piece", "TemplateDocuments", "check_length", "join_pieces"]
+
+
+class Heard(NamedTuple):
+    """Speech in a prompt.
+
+    Attributes:
+        clip: ``[L]`` samples, or ``[T, …]`` what the encoder stored.
+        num_frames: Encoder frames.
+        seconds: Duration.
+    """
+
+    clip: NDArray[Any]
+    num_frames: int
+    seconds: float
+
+
+class Piece(NamedTuple):
+    """A template filled in.
+
+    Attributes:
+        text: All of it, the transcript included.
+        speech: Characters ``[first, stop)`` that are spoken, or None.
+        answer: Characters of the answer, or None.
+        heard: What is heard in the place of ``speech``; None where it is read.
+        num_words: Words of ``speech``.
+    """
+
+    text: str
+    speech: tuple[int, int] | None
+    answer: tuple[int, int] | None
+    heard: Heard | None
+    num_words: int
 
 
 class TemplateDocuments(DocumentBuilder):
@@ -48,7 +81,7 @@ class TemplateDocuments(DocumentBuilder):
         super().__init__(append_eos, control)
         self.template, self.all_choices = template, all_choices
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            names = self.names
         except ValueError as error:
             raise UserError(f"{template!r} does not parse ({error})", where="template") from error
         if names.count("speech") > 1 or names.count("answer") > 1 or "" in names:
@@ -56,19 +89,33 @@ class TemplateDocuments(DocumentBuilder):
                 f"{template!r} must name its fields, with {{speech}} and {{answer}} at most once each", where="template"
             )
 
+    @property
+    def names(self) -> list[str]:
+        """What the template names, in order."""
+        return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+
     def build(self, utterance: Utterance, spec: SequenceSpec, *, seed: int = 0, epoch: int = 0) -> list[Document]:
         """See `DocumentBuilder.build`; nothing here is random.
 
         Raises:
-            UserError: If a field is missing, ``answer`` fits no choice, or a document is longer than the context.
+            UserError: If a field is missing, ``answer`` fits no choice, an option to score has no token, or a document
+                is longer than the context.
         """
-        clip, num_frames, seconds = self._speech(utterance, spec)
-        return [
-            self._assemble(utterance, answer, choice, clip, num_frames, seconds, spec)
-            for choice, answer in self._answers(utterance)
-        ]
+        heard = self.hear(utterance, spec)
+        documents = []
+        for choice, answer in self.answers(utterance):
+            piece = self.piece(utterance, answer, heard)
+            documents.append(join_pieces([piece], utterance, choice, spec, self._eos(spec) if piece.answer else []))
+        for document in documents:
+            check_length(document, utterance, spec)
+        return documents
 
-    def _answers(self, utterance: Utterance) -> list[tuple[int | None, str]]:
+    def answers(self, utterance: Utterance) -> list[tuple[int | None, str]]:
+        """Number and text of the options that become documents; the number is None where there is nothing to choose.
+
+        Raises:
+            UserError: If ``answer`` or ``choices`` are missing, or do not go together.
+        """
         if "{answer}" not in self.template:
             return [(None, "")]
         answer, choices = utterance.fields.get("answer"), utterance.fields.get("choices")
@@ -90,11 +137,15 @@ class TemplateDocuments(DocumentBuilder):
             )
         return [(answer, str(choices[answer]))]
 
-    def _speech(self, utterance: Utterance, spec: SequenceSpec) -> tuple[NDArray[Any] | None, int, float]:
-        """What is heard, its encoder frames and its seconds."""
+    def hear(self, utterance: Utterance, spec: SequenceSpec) -> Heard | None:
+        """What stands for ``{speech}``; None where it is read.
+
+        Raises:
+            UserError: If it is shorter than a frame, or was encoded by another encoder.
+        """
         num_samples, rate = utterance.num_samples, spec.sample_rate_hz
         if not num_samples or "{speech}" not in self.template:
-            return None, 0, 0.0
+            return None
         self._check_encoded(utterance, spec)
         end_s = utterance.fields.get("speech_end_s", num_samples / rate)
         if not isinstance(end_s, int | float) or end_s < 0:
@@ -111,60 +162,26 @@ class TemplateDocuments(DocumentBuilder):
             )
         if utterance.encoded is None:
             assert utterance.audio is not None
-            return self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate
+            return Heard(self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate)
         if cut and not spec.causal:
             raise UserError(
                 "the end cannot be cut off what this encoder made of the whole utterance: its frames hear what follows",
                 where=utterance.where,
                 cure="use shards of audio for this source",
             )
-        return utterance.encoded.data[:num_frames], num_frames, num_samples / rate
+        return Heard(utterance.encoded.data[:num_frames], num_frames, num_samples / rate)
 
-    def _assemble(
-        self,
-        utterance: Utterance,
-        answer: str,
-        choice: int | None,
-        clip: NDArray[Any] | None,
-        num_frames: int,
-        seconds: float,
-        spec: SequenceSpec,
-    ) -> Document:
-        text, ranges = self._render(utterance, answer)
-        tokens = tokenize(text, spec.tokenizer)
-        bos = bos_ids(spec)
-        eos = self._eos(spec) if "answer" in ranges else []
-        token_ids = np.concatenate([bos, tokens.ids, eos]).astype(np.int64)
-        predicted = np.zeros(len(token_ids), dtype=np.bool_)
-        if "answer" in ranges:
-            first, stop = np.searchsorted(tokens.last_char, ranges["answer"]) + len(bos)
-            predicted[first:stop] = True
-            predicted[len(token_ids) - len(eos) :] = True
-        spans, clips = [], []
-        if clip is not None:
-            first, stop = (int(edge) + len(bos) for edge in np.searchsorted(tokens.last_char, ranges["speech"]))
-            if stop > first:
-                words = max(len(utterance.text.split()), 1)
-                positions = spec.num_positions(num_frames, words)
-                spans.append(SpeechSpan(first, stop, 0, 0, num_frames, words, positions, seconds))
-                clips.append(clip)
-        if len(predicted):
-            predicted[0] = False  # nothing comes before it
-        for span in spans:
-            predicted[span.start : span.stop] = False
-        info = DocumentInfo(utterance.key, utterance.source, utterance.fields, choice)
-        document = Document(token_ids, predicted, info, spans, clips, utterance.encoded is not None)
-        longest = max(document.num_positions, document.num_tokens)
-        if longest > spec.context:
-            raise UserError(
-                f"the document fills {longest} positions, and `context` is {spec.context}",
-                where=utterance.where,
-                cure="raise `context`, or leave this sample out",
-            )
-        return document
+    def piece(self, utterance: Utterance, answer: str, heard: Heard | None) -> Piece:
+        """The template filled in.
 
-    def _render(self, utterance: Utterance, answer: str) -> tuple[str, dict[str, tuple[int, int]]]:
-        """The whole text, and the character ranges of speech and answer in it."""
+        Args:
+            utterance: With the fields that the template names.
+            answer: Stands for ``{answer}``.
+            heard: Of `hear`.
+
+        Raises:
+            UserError: If the utterance lacks a field.
+        """
         known: dict[str, Any] = {**utterance.fields, "text": utterance.text, "speech": utterance.text, "answer": answer}
         text, ranges = "", {}
         for literal, name, form, _ in string.Formatter().parse(self.template):
@@ -180,4 +197,69 @@ class TemplateDocuments(DocumentBuilder):
             value = format(known[name], form or "")
             ranges[name] = (len(text), len(text) + len(value))
             text += value
-        return text, ranges
+        words = max(len(utterance.text.split()), 1)
+        return Piece(text, ranges.get("speech"), ranges.get("answer"), heard, words)
+
+
+def join_pieces(
+    pieces: Sequence[Piece], utterance: Utterance, choice: int | None, spec: SequenceSpec, eos: Sequence[int] = ()
+) -> Document:
+    """One document of filled-in templates, one after the other; the last one's answer carries the loss.
+
+    Args:
+        pieces: Examples, and what is asked.
+        utterance: What is asked.
+        choice: Which of its options the last piece spells.
+        spec: Of the model.
+        eos: Tokens behind the answer.
+
+    Raises:
+        UserError: If an option that is to be scored has no token.
+    """
+    tokens = tokenize("".join(piece.text for piece in pieces), spec.tokenizer)
+    bos = bos_ids(spec)
+    token_ids = np.concatenate([bos, tokens.ids, eos]).astype(np.int64)
+    predicted = np.zeros(len(token_ids), dtype=np.bool_)
+    at = sum(len(piece.text) for piece in pieces[:-1])
+    if pieces[-1].answer is not None:
+        first, stop = np.searchsorted(tokens.last_char, [at + edge for edge in pieces[-1].answer]) + len(bos)
+        if choice is not None and stop <= first:
+            raise UserError(
+                f"option {choice} has no token of its own, and no score", where=utterance.where, cure="give it a text"
+            )
+        predicted[first:stop] = True
+        predicted[len(token_ids) - len(eos) :] = True
+    spans: list[SpeechSpan] = []
+    clips: list[NDArray[Any]] = []
+    begin = 0
+    for piece in pieces:
+        if piece.heard is not None and piece.speech is not None:
+            edges = [begin + edge for edge in piece.speech]
+            first, stop = (int(edge) + len(bos) for edge in np.searchsorted(tokens.last_char, edges))
+            if stop > first:
+                clip, frames, seconds = piece.heard
+                positions = spec.num_positions(frames, piece.num_words)
+                spans.append(SpeechSpan(first, stop, len(clips), 0, frames, piece.num_words, positions, seconds))
+                clips.append(clip)
+        begin += len(piece.text)
+    if len(predicted):
+        predicted[0] = False  # nothing comes before it
+    for span in spans:
+        predicted[span.start : span.stop] = False
+    info = DocumentInfo(utterance.key, utterance.source, utterance.fields, choice)
+    return Document(token_ids, predicted, info, spans, clips, utterance.encoded is not None)
+
+
+def check_length(document: Document, utterance: Utterance, spec: SequenceSpec) -> None:
+    """Refuse what does not fit a row.
+
+    Raises:
+        UserError: If it does not.
+    """
+    longest = max(document.num_positions, document.num_tokens)
+    if longest > spec.context:
+        raise UserError(
+            f"the document fills {longest} positions, and `context` is {spec.context}",
+            where=utterance.where,
+            cure="raise `context`, or leave this sample out",
+        )

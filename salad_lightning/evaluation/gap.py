@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from salad_lightning.batch import Prediction, SpeechBatch
+from salad_lightning.evaluation.bootstrap import Interval, bootstrap_interval
 from salad_lightning.evaluation.metrics import MeanPerToken, after_speech, forgetting, misalignment
-from salad_lightning.evaluation.spoken_choice import SpokenChoice
+from salad_lightning.evaluation.spoken_choice import SpokenChoice, right_option
 from salad_lightning.model.speech_llm import SpeechLLM
 from salad_lightning.projection import token_log_probs, token_losses
 
@@ -95,7 +96,7 @@ class GapReport:
             choice.update(values, document_M, batch.documents)
         groups: dict[str, list[int]] = defaultdict(list)
         for index, info in enumerate(batch.documents):
-            if info.choice is None or info.choice == int(info.fields["answer"]):
+            if info.choice is None or info.choice == right_option(info.fields):
                 groups[str(info.fields.get(self._field, "none"))].append(index)
         for group, members in groups.items():
             mask_M = torch.isin(document_M, torch.tensor(members, device=document_M.device))
@@ -145,17 +146,35 @@ class GapReport:
                 table[name] = choice.accuracy(self._field)
         return dict(table)
 
+    def intervals(self) -> dict[str, Interval]:
+        """95 % bootstrap intervals of the accuracies, and of the gap over pairs of the same item."""
+        if not self._has_choices():
+            return {}
+        right = self.right()
+        values = {name: [float(flag) for flag in flags.values()] for name, flags in right.items()}
+        values["gap"] = [b - s for b, s in zip(values["base_text_accuracy"], values["speech_accuracy"], strict=True)]
+        return {name: bootstrap_interval(row) for name, row in values.items()}
+
+    def right(self) -> dict[str, dict[str, bool]]:
+        """Accuracy's name → item → whether its right option won; empty where nothing is to choose."""
+        return {name: choice.right() for name, choice in self._choices.items()} if self._has_choices() else {}
+
     def _has_choices(self) -> bool:
         return self._choices["speech_accuracy"].most_options > 1
 
     @staticmethod
     def write(reports: dict[str, GapReport], path: Path) -> None:
-        """Print one table a set and write all figures to ``path`` as JSON."""
+        """Print one table a set, write all figures to ``path`` as JSON, and who was right to ``items.json`` beside."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: {"all": r.overall(), "groups": r.by_group()} for name, r in reports.items()}
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(content, indent=1))
-        aside.replace(path)
+        content = {
+            name: {"all": r.overall(), "intervals": r.intervals(), "groups": r.by_group()}
+            for name, r in reports.items()
+        }
+        items = {name: r.right() for name, r in reports.items()}
+        for file, value in ((path, content), (path.with_name("items.json"), items)):
+            aside = file.with_suffix(".part")
+            aside.write_text(json.dumps(value, indent=1))
+            aside.replace(file)
         for name, report in reports.items():
             report.print_table(name)
 
@@ -172,6 +191,11 @@ class GapReport:
             table.add_row(group, *(f"{rows[c][group]:.3f}" if group in rows.get(c, {}) else "–" for c in shown))
         table.add_section()
         table.add_row("all", *(f"{overall[column]:.3f}" for column in shown))
+        if intervals := self.intervals():
+            ranges = (intervals.get(column) for column in shown)
+            table.add_row("95 % interval", *(f"{r.low:.3f} – {r.high:.3f}" if r else "" for r in ranges))
+            low, high = intervals["gap"]
+            table.caption = f"gap {overall['gap']:.3f} ({low:.3f} – {high:.3f}), original on text − adapted on speech"
         Console().print(table)
 
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from salad_lightning.batch import DocumentInfo
+from salad_lightning.errors import UserError
 
-__all__ = ["SpokenChoice"]
+__all__ = ["SpokenChoice", "right_option"]
+
+
+def right_option(fields: dict[str, Any]) -> int:
+    """Index of an item's right option; its field ``answer`` is that, or the option itself."""
+    answer = fields["answer"]
+    return int(fields["choices"].index(answer)) if isinstance(answer, str) else int(answer)
 
 
 class SpokenChoice:
@@ -30,12 +37,17 @@ class SpokenChoice:
             log_probs_M: Log-probability of each predicted token.
             document_M: Index into ``documents`` of each predicted token.
             documents: The batch's documents.
+
+        Raises:
+            UserError: If an option has no token.
         """
         zeros = torch.zeros(len(documents), dtype=torch.float64, device=log_probs_M.device)
         total = zeros.scatter_add(0, document_M, log_probs_M.double())
         count = zeros.scatter_add(0, document_M, torch.ones_like(log_probs_M, dtype=torch.float64))
         means = (total / count.clamp(min=1)).tolist()
-        for info, mean in zip(documents, means, strict=True):
+        for info, mean, tokens in zip(documents, means, count.tolist(), strict=True):
+            if info.choice is not None and not tokens:
+                raise UserError(f"option {info.choice} has no token", where=info.key, cure="give it a text")
             if info.choice is not None:
                 self._scores[info.key][info.choice] = mean
                 self._items[info.key] = info.fields
@@ -61,12 +73,16 @@ class SpokenChoice:
             ``{"all": …}``, or one entry for every value of the field.
         """
         right: dict[str, list[bool]] = defaultdict(list)
-        for key, options in self._scores.items():
-            fields = self._items[key]
-            group = "all" if group_field is None else str(fields.get(group_field, "none"))
-            best = max(options, key=lambda choice: options[choice])
-            right[group].append(best == int(fields["answer"]))
+        for key, flag in self.right().items():
+            right["all" if group_field is None else str(self._items[key].get(group_field, "none"))].append(flag)
         return {group: sum(flags) / len(flags) for group, flags in sorted(right.items())}
+
+    def right(self) -> dict[str, bool]:
+        """Item key → whether its right option scores highest; of equal scores the first counts."""
+        return {
+            key: max(sorted(options), key=options.__getitem__) == right_option(self._items[key])
+            for key, options in sorted(self._scores.items())
+        }
 
     @property
     def most_options(self) -> int:

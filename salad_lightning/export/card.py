@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def model_card(
     *,
     fit: dict[str, Any] | None = None,
     test: dict[str, Any] | None = None,
+    sources: Sequence[dict[str, Any]] = (),
     llm_only: bool = False,
 ) -> str:
     """Content of ``README.md``.
@@ -48,6 +50,7 @@ def model_card(
         step: Optimizer steps.
         fit: Content of the run's ``fit.json``.
         test: Content of the run's ``test.json``.
+        sources: Of the training data, as the run's configuration lists them.
         llm_only: Whether only the language model is in the folder.
     """
     what = "the language model of a speech-adapted LLM, for text" if llm_only else "a speech-adapted text LLM"
@@ -57,7 +60,7 @@ def model_card(
         f"This is {what}, trained with salad-lightning {__version__} by cross-modal distillation "
         "(SALAD, arXiv 2510.13632).",
         "## Use\n\n" + (_TEXT_USE if llm_only else _SPEECH_USE),
-        "## Training\n\n" + _table(_training(settings, step, fit or {})),
+        "## Training\n\n" + _table(_training(settings, step, fit or {}) | _data(sources)),
     ]
     if test:
         parts.append(
@@ -94,6 +97,13 @@ def _training(settings: dict[str, Any], step: int, fit: dict[str, Any]) -> dict[
         rows["speech heard"] = f"{fit['audio_seconds'] / 3600:,.2f} h"
         rows["trained parameters"] = f"{fit['trainable_parameters']:,}"
     return rows
+
+
+def _data(sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every source with its share of the positions."""
+    total = sum(float(source["weight"]) for source in sources)
+    shares = (f"{source['name']} ({float(source['weight']) / total:.0%} of the positions)" for source in sources)
+    return {"data": ", ".join(shares)} if sources else {}
 
 
 def _class(node: Any) -> str:

@@ -108,6 +108,7 @@ class SaladForConditionalGeneration(PreTrainedModel):  # type: ignore[no-untyped
         folder = find_export(pretrained_model_name_or_path)
         config = config or SaladConfig.from_pretrained(folder)
         config.check_version(str(folder))
+        config.name_or_path = str(folder)  # where pipelines look for the processor
         llm_folder = str(folder / LLM_FOLDER)
         vocab_size = len(load_tokenizer(llm_folder, config.get_text_config()))
         encoder, connector = build_parts(config, folder)

@@ -42,6 +42,15 @@ class SpeechLanguageModel:
             identity=config.encoder_identity,
         )
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> SpeechLanguageModel:
+        """See `load_pretrained`."""
+        model = SaladForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        torch.nn.Module.to(model, torch.device(device))  # transformers' own `to` has no usable type
+        return cls(model, SaladProcessor.from_pretrained(path))
+
     def prepare(
         self,
         prompt: str = "{speech}",
@@ -117,6 +126,4 @@ def load_pretrained(
     Raises:
         UserError: If a file is missing, damaged or of a newer version, or a part cannot be built.
     """
-    model = SaladForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    torch.nn.Module.to(model, torch.device(device))  # transformers' own `to` has no usable type
-    return SpeechLanguageModel(model, SaladProcessor.from_pretrained(path))
+    return SpeechLanguageModel.from_pretrained(path, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Checkpoints at the moments that Lightning's own callback does not know of."""
+"""Checkpoints at the moments that Lightning's own callback does not know of, and the size of a step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from salad_lightning.errors import UserError
 from salad_lightning.training.base import TokenLossModule, save_folder
 
-__all__ = ["FinalCheckpoint", "PreDecayCheckpoint", "SigtermCheckpoint"]
+__all__ = ["FinalCheckpoint", "GlobalBatch", "PreDecayCheckpoint", "SigtermCheckpoint"]
 
 
 class PreDecayCheckpoint(Callback):
@@ -51,6 +52,65 @@ class SigtermCheckpoint(Callback):
         """Save after the step in which SIGTERM came; Lightning then ends the run."""
         if trainer.received_sigterm:
             trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt")
+
+
+class GlobalBatch(Callback):
+    """Holds the rows of an optimizer step, whatever the number of processes, by accumulating micro-batches.
+
+    It sets ``trainer.accumulate_grad_batches``; a run goes on with another number of processes at the step where it
+    was, and validates every so many steps as before.
+
+    Args:
+        rows: Of ``context`` positions in an optimizer step, over all processes: a multiple of ``data.rows_per_batch``
+            times the number of processes.
+        val_every_n_steps: Validate every so many optimizer steps, in place of ``trainer.val_check_interval``, which
+            counts micro-batches; None leaves that as it is.
+    """
+
+    def __init__(self, rows: int, val_every_n_steps: int | None = None) -> None:
+        if rows < 1 or (val_every_n_steps is not None and val_every_n_steps < 1):
+            raise ValueError(f"rows ({rows}) and val_every_n_steps ({val_every_n_steps}) must be at least 1")
+        self.rows, self.val_every_n_steps = rows, val_every_n_steps
+        self._first = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set the accumulation.
+
+        Raises:
+            UserError: If no whole number of micro-batches makes up the rows.
+        """
+        if stage != "fit":
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        per_batch = int(getattr(data, "rows_per_batch", 1))
+        at_once = per_batch * trainer.world_size
+        if self.rows % at_once:
+            raise UserError(
+                f"{self.rows} rows are no multiple of {per_batch} rows × {trainer.world_size} process(es) = {at_once}",
+                where="trainer.callbacks: GlobalBatch.rows, data.rows_per_batch",
+                cure=f"set rows to {max(1, round(self.rows / at_once)) * at_once}, or change rows_per_batch",
+            )
+        trainer.accumulate_grad_batches = self.rows // at_once
+        if self.val_every_n_steps is not None:
+            trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See the first batch."""
+        self._first = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count micro-batches as this number of processes does: a step ends where they are a multiple.
+
+        In the first batch and not before, as Lightning corrects the counts of a checkpoint on its way there.
+        """
+        if not self._first:
+            return
+        self._first = False
+        done = trainer.global_step * trainer.accumulate_grad_batches
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        for tracker in (progress.total, progress.current):
+            counts: Any = tracker
+            counts.ready, counts.started, counts.processed, counts.completed = done + 1, done, done, done
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -48,6 +48,9 @@ document = ready.prepare("say {speech} again", audio)
 with torch.no_grad():
     logits = model(collate([[document]], context=128, rows_per_batch=1, trim=True)).logits
 text = ready.generate(audio, "say {speech} again", max_new_tokens=12)
+from transformers import pipeline
+piped = pipeline("speech-text-generation", model=folder)(audio, prompt="say {speech} again", max_new_tokens=12)
+assert piped == {"generated_text": text}, piped
 torch.save({"logits": logits, "text": text, "type": AutoConfig.from_pretrained(folder).model_type}, out)
 """
 
@@ -175,7 +178,8 @@ def test_the_card_says_what_the_run_says(checkpoint, tmp_path):
     assert "TODO" in front
     assert yaml.safe_load(front)["license"] == "other"
     fit = json.loads((checkpoint.parents[1] / "fit.json").read_text())
-    for expected in ("| steps | 3 |", f"{fit['tokens']:,.0f}", "CausalConvEncoder", "| choice | 0.625 | 0.500 |"):
+    data = "| data | speech (67% of the positions), text (33% of the positions) |"
+    for expected in (data, "| steps | 3 |", f"{fit['tokens']:,.0f}", "CausalConvEncoder", "| choice | 0.625 | 0.500 |"):
         assert expected in card
 
 

@@ -1,0 +1,1 @@
+"""Runs side by side on one page: what was trained, on what, how fast, and what came of it."""
