@@ -29,10 +29,10 @@ _SAMPLE_RATE_HZ = 16_000
 
 
 def synthetic_digits(count: int, *, seed: int) -> list[list[Spoken]]:
-    """Digits by espeak-ng in its many voices; ten of each voice."""
+    """Digits by espeak-ng in its many voices; all ten of each voice, and of one at least."""
     rng = random.Random(f"digits/{seed}")
     voices = []
-    for _ in range(count // 10):
+    for _ in range(max(count // 10, 1)):
         synthesizer = EspeakSynthesizer(draw_voice("train", rng).voice, rng.randint(110, 230), rng.randint(10, 90))
         clips = [
             resample(synthesizer.speak(word).audio, synthesizer.sample_rate_hz, _SAMPLE_RATE_HZ) for word in DIGITS

@@ -9,15 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from salad_lightning import __version__
 from salad_lightning.corpus.output_folder import INDEX, sha256_of
-from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace, write_aside
+from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from salad_lightning.corpus.aligner import Alignment, CtcAligner
+    from salad_lightning.corpus.written_shard import Sample
     from salad_lightning.data.format import RawSample, Utterance
 
 __all__ = ["add_arguments", "align_shards", "run"]
@@ -92,13 +93,10 @@ def align_shards(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from salad_lightning.corpus.aligner import CtcAligner
-    from salad_lightning.data.sources import expand_shards
+    from salad_lightning.corpus.written_shard import shards_by_name
 
     output = Path(output)
-    found = expand_shards(shards)
-    paths = {Path(path).name: path for path in found}
-    if len(paths) < len(found):
-        raise UserError("two shards have one name", where="shards", cure="align them into two folders")
+    paths = shards_by_name(shards)
     request = json.dumps([__version__, sorted(paths.values()), model, min_confidence])
     if finish_publication(output) == request:
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
@@ -125,41 +123,24 @@ def align_shards(
         return _publish(space, Path(model).name, request, reports)
 
 
-class _Sample(NamedTuple):
-    """As `write_shard` takes it."""
-
-    key: str
-    record: dict[str, Any]
-    content: bytes | None
-    extension: str
-
-
 def _aligned_shard(
     space: Workspace, name: str, path: str, request: str, aligner: Callable[[], CtcAligner], min_confidence: float
 ) -> dict[str, Any]:
-    from salad_lightning.corpus.shard_maker import write_shard  # as above
+    from salad_lightning.corpus.written_shard import write_shard  # as above
 
     digest = hashlib.sha256(f"{request} {sha256_of(Path(path))}".encode()).hexdigest()
     if (report := space.finished(name, digest)) is not None:
         return report
     samples, problems, counts = _aligned_samples(path, aligner(), min_confidence)
-    num_samples, sha256 = write_shard(space.folder, name, iter(samples))
-    report = {
-        "digest": digest,
-        "name": name,
-        "sha256": sha256,
-        "num_rows": num_samples,
-        "num_samples": num_samples,
-        "problems": problems,
-        "counts": counts,
-    }
-    write_aside(space.folder / f"{name}.json", json.dumps(report))
-    return report
+    facts = {"problems": problems, "counts": counts}
+    return write_shard(space.folder, name, digest, samples, lambda: facts)
 
 
 def _aligned_samples(
     path: str, aligner: CtcAligner, min_confidence: float
-) -> tuple[list[_Sample], list[dict[str, Any]], dict[str, int]]:
+) -> tuple[list[Sample], list[dict[str, Any]], dict[str, int]]:
+    from salad_lightning.corpus.written_shard import Sample  # as above
+
     counts: Counter[str] = Counter()
     problems: list[dict[str, Any]] = []
     raws, utterances = [], []
@@ -185,7 +166,7 @@ def _aligned_samples(
             if problem:
                 problems.append({"shard": path, "key": raw.key, "problem": problem})
         extension = next((extension for extension in raw.members if extension != "json"), "flac")
-        samples.append(_Sample(raw.key, record, raw.members.get(extension), extension))
+        samples.append(Sample(raw.key, record, raw.members.get(extension), extension))
     return samples, problems, dict(counts)
 
 
@@ -228,10 +209,6 @@ def _publish(space: Workspace, model: str, request: str, reports: list[dict[str,
             for name in ("aligned", "low_confidence", "not_aligned", "broken")
         },
         "shards": [{column: report[column] for column in columns} for report in kept],
-        "files": [_PROBLEMS] if problems else [],
     }
-    texts = {INDEX: json.dumps(index, indent=2) + "\n"}
-    if problems:
-        texts[_PROBLEMS] = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    space.publish(request, {report["name"]: report["name"] for report in kept}, texts)
-    return index
+    names = {report["name"]: report["name"] for report in kept}
+    return space.publish(request, names, index, lists={_PROBLEMS: problems})

@@ -7,9 +7,9 @@ documents that hear whole utterances, and the document builders refuse the rest.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from salad_lightning import __version__
 from salad_lightning.corpus.length_batches import length_batches
-from salad_lightning.corpus.output_folder import INDEX, PARTIAL, replaceable, sha256_of
-from salad_lightning.corpus.workspace import write_aside
+from salad_lightning.corpus.output_folder import INDEX
+from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
+from salad_lightning.corpus.written_shard import Sample, shards_by_name, write_shard
 from salad_lightning.data.arrays import encode_array
 from salad_lightning.data.format import Utterance, decode, read_shard
 from salad_lightning.data.packing import pad
-from salad_lightning.data.shard_writer import ShardWriter
-from salad_lightning.data.sources import expand_shards
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Encoder
 
 __all__ = ["encode_shards"]
 
-_PLAN = "plan.json"
+_COLUMNS = ("name", "num_samples", "seconds", "sha256")
 
 
 def encode_shards(
@@ -65,60 +65,58 @@ def encode_shards(
         first.
 
     Raises:
-        UserError: If a shard cannot be read, two have one name, or the folder holds other files.
+        UserError: If a shard cannot be read, two have one name, the folder holds other files, or the disk is full.
     """
     if batch_seconds <= 0:
         raise UserError(f"{batch_seconds} s of audio are nothing to encode", where="--batch-seconds", cure="give > 0")
-    output, identity = Path(output), encoder.identity()
-    names: dict[str, str] = {}
-    for path in expand_shards(shards):
-        name = Path(path).name
-        if name in names:
-            raise UserError(
-                f"{names[name]} and {path} have one name", where="shards", cure="encode them into two folders"
-            )
-        names[name] = path
-    plan = {"encoder": identity, "dtype": dtype, "shards": {name: Path(p).stat().st_size for name, p in names.items()}}
-    old = replaceable(output, overwrite)
-    partial = _open(output, plan)
-    todo = [path for name, path in names.items() if not _entry_path(partial, name).exists()]
-    loader = DataLoader(_Shards(todo, encoder.sample_rate_hz), batch_size=None, num_workers=num_workers)
+    output, names = Path(output), shards_by_name(shards)
+    made_with = [__version__, encoder.identity(), dtype]
+    request = json.dumps([made_with, [[path, Path(path).stat().st_size] for path in names.values()]])
     trainer = pl.Trainer(
         accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        default_root_dir=partial,
+        default_root_dir=output,
     )  # fmt: skip
-    if todo:
-        trainer.predict(_Loop(encoder, partial, identity, dtype, batch_seconds), loader, return_predictions=False)
     if not trainer.is_global_zero:
+        _encode(trainer, encoder, Workspace(output, []), names, made_with, batch_seconds, num_workers)
         return None
-    entries = [json.loads(_entry_path(partial, name).read_text()) for name in names]
-    index = {
-        "encoder": identity,
-        "num_samples": sum(entry["num_samples"] for entry in entries),
-        "seconds": round(sum(entry["seconds"] for entry in entries), 3),
-        "shards": entries,
+    if finish_publication(output) == request:
+        finished: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
+        return finished
+    with open_workspace(output, overwrite=overwrite) as space:
+        reports = _encode(trainer, encoder, space, names, made_with, batch_seconds, num_workers)
+        if not reports:
+            raise UserError("there is no sample", where="shards", cure="give shards of audio")
+        index = {
+            "encoder": encoder.identity(),
+            "num_samples": sum(report["num_samples"] for report in reports),
+            "seconds": round(sum(report["seconds"] for report in reports), 3),
+            "shards": [{column: report[column] for column in _COLUMNS} for report in reports],
+        }
+        return space.publish(request, {report["name"]: report["name"] for report in reports}, index)
+
+
+def _encode(
+    trainer: pl.Trainer,
+    encoder: Encoder,
+    space: Workspace,
+    names: dict[str, str],
+    made_with: list[str],
+    batch_seconds: float,
+    num_workers: int,
+) -> list[dict[str, Any]]:
+    """Reports of all shards, by whichever process."""
+    digests = {
+        name: hashlib.sha256(json.dumps([*made_with, path, Path(path).stat().st_size]).encode()).hexdigest()
+        for name, path in names.items()
     }
-    for replaced in old:
-        replaced.unlink(missing_ok=True)
-    for name in names:
-        (partial / name).replace(output / name)
-    write_aside(output / INDEX, json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(partial)
-    return index
-
-
-def _open(output: Path, plan: dict[str, Any]) -> Path:
-    """The folder where finished shards wait for the others; what an earlier run of the same plan left stays."""
-    partial, note = output / PARTIAL, json.dumps(plan, sort_keys=True)
-    if partial.exists() and not ((partial / _PLAN).exists() and (partial / _PLAN).read_text() == note):
-        shutil.rmtree(partial)  # another encoder's, or other shards'
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / _PLAN).write_text(note)
-    return partial
-
-
-def _entry_path(partial: Path, name: str) -> Path:
-    return partial / f"{name}.entry.json"
+    todo = [path for name, path in names.items() if space.finished(name, digests[name]) is None]
+    if todo:
+        loader = DataLoader(_Shards(todo, encoder.sample_rate_hz), batch_size=None, num_workers=num_workers)
+        loop = _Loop(encoder, space.folder, digests, dtype=made_with[-1], batch_seconds=batch_seconds)
+        trainer.predict(loop, loader, return_predictions=False)
+        trainer.strategy.barrier()  # another process may still be writing its last shard
+    reports = [json.loads((space.folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    return [report for report in reports if report["num_samples"]]
 
 
 class _Shard(NamedTuple):
@@ -150,9 +148,11 @@ class _Shards(Dataset[_Shard]):
 class _Loop(pl.LightningModule):
     """Lightning's predict loop over whole shards: one device or many, one progress bar."""
 
-    def __init__(self, encoder: Encoder, folder: Path, identity: str, dtype: str, batch_seconds: float) -> None:
+    def __init__(
+        self, encoder: Encoder, folder: Path, digests: dict[str, str], *, dtype: str, batch_seconds: float
+    ) -> None:
         super().__init__()
-        self.encoder, self.folder, self.identity = encoder, folder, identity
+        self.encoder, self.folder, self.digests = encoder, folder, digests
         self.dtype_name, self.batch_seconds = dtype, batch_seconds
 
     def transfer_batch_to_device(self, batch: _Shard, device: torch.device, dataloader_idx: int) -> _Shard:
@@ -167,7 +167,8 @@ class _Loop(pl.LightningModule):
             output = self.encoder.encode(audio.to(self.device), lengths.to(self.device))
             for row, data, length in zip(rows, output.data.cpu(), output.lengths.tolist(), strict=True):
                 stored[row] = self._narrow(data[:length], shard.utterances[row].where)
-        self._write(shard, stored)
+        name = Path(shard.path).name
+        write_shard(self.folder, name, self.digests[name], self._samples(shard, stored))
 
     def _narrow(self, data: torch.Tensor, where: str) -> NDArray[Any]:
         if not data.is_floating_point():
@@ -179,18 +180,9 @@ class _Loop(pl.LightningModule):
             raise UserError(f"a frame does not fit {self.dtype_name}", where=where, cure="use --dtype float32")
         return narrow
 
-    def _write(self, shard: _Shard, stored: dict[int, NDArray[Any]]) -> None:
-        name = Path(shard.path).name
-        with ShardWriter(self.folder, name.removesuffix(".tar"), samples_per_shard=0) as writer:
-            for row, (utterance, record) in enumerate(zip(shard.utterances, shard.records, strict=True)):
-                about = {"by": self.identity, "num_samples": utterance.num_samples}
-                kind = "codes.npy" if stored[row].dtype.kind in "iu" else "frames.npy"
-                writer.write(utterance.key, {**record, "encoded": about}, encode_array(stored[row]), kind)
-        seconds = sum(utterance.num_samples for utterance in shard.utterances) / self.encoder.sample_rate_hz
-        entry = {
-            "name": name,
-            "num_samples": len(stored),
-            "seconds": round(seconds, 3),
-            "sha256": sha256_of(self.folder / name),
-        }
-        write_aside(_entry_path(self.folder, name), json.dumps(entry))
+    def _samples(self, shard: _Shard, stored: dict[int, NDArray[Any]]) -> Iterator[Sample]:
+        identity, rate = self.encoder.identity(), self.encoder.sample_rate_hz
+        for row, (utterance, record) in enumerate(zip(shard.utterances, shard.records, strict=True)):
+            record = {**record, "encoded": {"by": identity, "num_samples": utterance.num_samples}}
+            kind = "codes.npy" if stored[row].dtype.kind in "iu" else "frames.npy"
+            yield Sample(utterance.key, record, encode_array(stored[row]), kind, utterance.num_samples / rate)

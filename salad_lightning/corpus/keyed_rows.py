@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from salad_lightning import __version__
 from salad_lightning.corpus.manifest import Row
 
-__all__ = ["keyed", "row_batches"]
+__all__ = ["keyed", "row_batches", "rows_digest"]
 
 
 def keyed(rows: Iterator[Row]) -> Iterator[tuple[str, Row]]:
@@ -40,3 +42,10 @@ def row_batches(rows: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tup
     """The rows of every shard: ``size`` each, by number, before anything is decided about them."""
     while batch := list(itertools.islice(rows, size)):
         yield batch
+
+
+def rows_digest(settings: dict[str, Any], batch: Sequence[tuple[str, Row]]) -> str:
+    """Of everything that decides what a shard holds: this version, the settings, and the rows with their keys."""
+    rows = [[key, row.where, row.values, repr(row.audio), row.problem] for key, row in batch]
+    content = json.dumps([__version__, settings, rows], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from salad_lightning.errors import UserError
 
-__all__ = ["INDEX", "PARTIAL", "replaceable", "sha256_of"]
+__all__ = ["INDEX", "PARTIAL", "replaceable", "sha256_of", "shard_prefix"]
 
 INDEX = "index.json"
 """Lists the shards; written last: without it a set of shards is incomplete."""
@@ -59,3 +59,15 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def shard_prefix(source: str | None, output: Path) -> str:
+    """What the names of shards begin with: ``source``, or the folder's name.
+
+    Raises:
+        UserError: If it would not serve in file names, globs and braces.
+    """
+    prefix = source or output.resolve().name
+    if not prefix or any(char in prefix for char in "./\\{}*?[]"):
+        raise UserError(f"{prefix!r} cannot begin a file name", where="--source", cure="use letters, digits, - and _")
+    return prefix

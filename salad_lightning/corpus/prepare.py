@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from salad_lightning import __version__
+from salad_lightning.corpus.budget import FEW_ROWS, check_budget
 from salad_lightning.corpus.card import dataset_card
-from salad_lightning.corpus.keyed_rows import keyed, row_batches
+from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
 from salad_lightning.corpus.manifest import Row
-from salad_lightning.corpus.output_folder import INDEX
+from salad_lightning.corpus.output_folder import INDEX, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
 from salad_lightning.corpus.readers import READERS
 from salad_lightning.corpus.rules import BROKEN, Rules
@@ -30,9 +29,6 @@ from salad_lightning.errors import UserError
 __all__ = ["add_arguments", "prepare", "run"]
 
 _REJECTED, _CARD = "rejected.jsonl", "README.md"
-# A budget of broken rows says little about fewer.
-_FEW_ROWS = 1000
-_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,9 +176,7 @@ def prepare(
             folder holds anything that must not be replaced.
     """
     output = Path(output)
-    source = source or output.resolve().name
-    if not source or any(char in source for char in "./\\{}*?[]"):
-        raise UserError(f"{source!r} cannot begin a file name", where="--source", cure="use letters, digits, - and _")
+    source = shard_prefix(source, output)
     if samples_per_shard < 1 or workers < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
         raise UserError("sizes and rates start at 1", where="--samples-per-shard, --sample-rate, --workers")
     request = _Request(
@@ -211,7 +205,7 @@ def _make_shards(
         ShardJob(
             folder=space.folder,
             name=f"{request.source}-{number:06d}.tar",
-            digest=_digest(request, batch),
+            digest=rows_digest(asdict(request), batch),
             rows=batch,
             has_audio=request.kind != "text",
             text_column=request.text_column,
@@ -230,7 +224,7 @@ def _make_shards(
             num_rows += report["num_rows"]
             broken += [rejection for rejection in report["rejected"] if rejection["reason"] in BROKEN]
             progress.update(report["num_rows"])
-            _check_budget(broken, max(num_rows, _FEW_ROWS), max_bad_fraction)
+            _check_budget(broken, max(num_rows, FEW_ROWS), max_bad_fraction)
     if not reports:
         raise UserError("there is no row", where=request.inputs, cure="list at least one sample")
     _check_budget(broken, num_rows, max_bad_fraction)
@@ -244,23 +238,9 @@ def _made(space: Workspace, job: Any) -> dict[str, Any]:
     return space.finished(job.name, job.digest) or make_shard(job)
 
 
-def _digest(request: _Request, batch: list[tuple[str, Row]]) -> str:
-    rows = [[key, row.where, row.values, repr(row.audio), row.problem] for key, row in batch]
-    content = json.dumps([__version__, asdict(request), rows], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def _check_budget(broken: list[dict[str, Any]], num_rows: int, max_bad_fraction: float) -> None:
-    if len(broken) <= max_bad_fraction * num_rows:
-        return
-    shown = [f"{row['where']}: {row['detail']}" + (f" ({row['cure']})" if row["cure"] else "") for row in broken]
-    more = [f"… and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
-    raise UserError(
-        "\n  ".join([f"{len(broken)} broken rows, more than --max-bad-fraction {max_bad_fraction:g} allows:"])
-        + "\n  "
-        + "\n  ".join([*shown[:_SHOWN], *more]),
-        cure="put them right, or raise --max-bad-fraction to leave them out",
-    )
+    cure = "put them right, or raise --max-bad-fraction to leave them out"
+    check_budget(broken, num_rows, max_bad_fraction, "broken rows", cure)
 
 
 def _publish(space: Workspace, request: _Request, note: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -281,15 +261,11 @@ def _publish(space: Workspace, request: _Request, note: str, reports: list[dict[
         "seconds": round(sum(report["seconds"] for report in kept), 3),
         "rejected": reasons,
         "shards": [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept],
-        "files": [_CARD, *([_REJECTED] if rejected else [])],
     }
     facts: dict[str, Any] = {name: dict(_total(report[name] for report in kept)) for name in ("fields", "languages")}
     facts["speakers"] = len({speaker for report in kept for speaker in report["speakers"]})
-    texts = {INDEX: json.dumps(index, indent=2) + "\n", _CARD: dataset_card(index, request.settings(), facts)}
-    if rejected:
-        texts[_REJECTED] = "".join(json.dumps(rejection, ensure_ascii=False) + "\n" for rejection in rejected)
-    space.publish(note, names, texts)
-    return index
+    card = dataset_card(index, request.settings(), facts)
+    return space.publish(note, names, index, texts={_CARD: card}, lists={_REJECTED: rejected})
 
 
 def _total(counts: Iterator[dict[str, int]]) -> Counter[str]:

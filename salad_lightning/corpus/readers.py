@@ -13,7 +13,7 @@ from salad_lightning.corpus.hugging_face import read_hugging_face
 from salad_lightning.corpus.lhotse import read_lhotse
 from salad_lightning.corpus.manifest import Row, read_rows
 from salad_lightning.corpus.recordings import AudioFile, TarMember
-from salad_lightning.data.tars import StrictTarInfo
+from salad_lightning.data.tars import StrictTarInfo, check_member
 from salad_lightning.errors import UserError
 
 __all__ = ["READERS", "read_librispeech", "read_manifest", "read_tars", "read_text"]
@@ -109,13 +109,16 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes | TarMember]]:
                 base, _, extension = name.partition(".")
                 if not member.isfile() or not base:
                     continue
+                check_member(member)
                 key, extension = f"{folder}/{base}" if folder else base, extension.lower()
                 if extension in ("txt", "json"):
                     file = tar.extractfile(member)
                     yield key, extension, file.read() if file else b""
                 elif extension in AUDIO_EXTENSIONS:
                     yield key, extension, TarMember(path, member.offset_data, member.size)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except UserError as error:
+        raise UserError(error.what, where=path, cure=error.cure) from error
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
         raise UserError(
             f"not a readable tar ({error})", where=path, cure="unpack it if it is compressed, or fetch it again"
         ) from error

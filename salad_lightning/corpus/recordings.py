@@ -60,15 +60,20 @@ class AudioFile(Recording):
             raise UserError(f"{self.path} cannot be read ({error.strerror})", cure="check the path") from error
 
     def _read_part(self, duration_s: float) -> bytes:
-        import soundfile  # here, because `prepare --help` imports this module
+        # Here, because `prepare --help` imports this module.
+        import soundfile
+
+        from salad_lightning.data.audio import check_length
 
         try:
             with open(self.path, "rb") as content, soundfile.SoundFile(content) as file:
                 first = round(self.start_s * file.samplerate)
                 if not 0 <= first < file.frames:
                     raise UserError(f"{self.path} is shorter than {self.start_s} s", cure="check the manifest")
+                count = min(round(duration_s * file.samplerate), file.frames - first)
+                check_length(count, file.channels, file.samplerate, self.path)
                 file.seek(first)
-                audio = file.read(round(duration_s * file.samplerate), dtype="float32", always_2d=True)
+                audio = file.read(count, dtype="float32", always_2d=True)
                 rate = file.samplerate
         except soundfile.SoundFileError as error:
             raise UserError(f"{self.path}: the audio cannot be decoded ({error})") from error

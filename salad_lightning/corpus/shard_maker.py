@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,19 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salad_lightning.corpus.manifest import Row
-from salad_lightning.corpus.output_folder import sha256_of
 from salad_lightning.corpus.recordings import Recording
 from salad_lightning.corpus.rules import Rejection, Rules
 from salad_lightning.corpus.sound import active_range, with_level
 from salad_lightning.corpus.split import Segment, split_at_pauses
-from salad_lightning.corpus.workspace import write_aside
+from salad_lightning.corpus.written_shard import Sample, write_shard
 from salad_lightning.data.audio import decode_audio, encode_flac
 from salad_lightning.data.format import TIME_SLACK_S, parse_words
-from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import TimedWord
 
-__all__ = ["ShardJob", "make_shard", "write_shard"]
+__all__ = ["ShardJob", "make_shard"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,6 @@ class ShardJob:
     rules: Rules
 
 
-class _Sample(NamedTuple):
-    key: str
-    record: dict[str, Any]
-    content: bytes | None = None
-    extension: str = "flac"
-    seconds: float = 0.0
-
-
 class _Clip(NamedTuple):
     audio: NDArray[np.float32]
     rate_hz: int
@@ -81,67 +69,32 @@ def make_shard(job: ShardJob) -> dict[str, Any]:
     """Write a shard and its report; the same job gives the same bytes.
 
     Returns:
-        The report: digest, name, SHA-256 (empty where no sample is left and no file is written), counts, seconds,
-        fields, languages, speakers, and what was rejected.
+        The report of `write_shard`, with rows, fields, languages, speakers, and what was rejected.
     """
     rejected: list[Rejection] = []
-    seconds, fields, languages, speakers = 0.0, Counter[str](), Counter[str](), set[str]()
+    fields, languages, speakers = Counter[str](), Counter[str](), set[str]()
 
-    def samples() -> Iterator[_Sample]:
-        nonlocal seconds
+    def samples() -> Iterator[Sample]:
         for key, row in job.rows:
             for sample in _samples(job, key, row, rejected):
-                seconds += sample.seconds
                 fields.update(list(sample.record))
                 languages.update([str(sample.record["language"])] if "language" in sample.record else [])
                 speakers.update([str(sample.record["speaker"])] if "speaker" in sample.record else [])
                 yield sample
 
-    num_samples, digest = write_shard(job.folder, job.name, samples())
-    report = {
-        "digest": job.digest,
-        "name": job.name,
-        "sha256": digest,
-        "num_rows": len(job.rows),
-        "num_samples": num_samples,
-        "seconds": round(seconds, 3),
-        "fields": dict(fields),
-        "languages": dict(languages),
-        "speakers": sorted(speakers),
-        "rejected": [rejection._asdict() for rejection in rejected],
-    }
-    write_aside(job.folder / f"{job.name}.json", json.dumps(report))
-    return report
+    def facts() -> dict[str, Any]:
+        return {
+            "num_rows": len(job.rows),
+            "fields": dict(fields),
+            "languages": dict(languages),
+            "speakers": sorted(speakers),
+            "rejected": [rejection._asdict() for rejection in rejected],
+        }
+
+    return write_shard(job.folder, job.name, job.digest, samples(), facts)
 
 
-def write_shard(folder: Path, name: str, samples: Iterator[Any]) -> tuple[int, str]:
-    """Write ``{folder}/{name}`` aside and move it there.
-
-    Args:
-        folder: Exists.
-        name: Ends in ``.tar``.
-        samples: With ``key``, ``record``, ``content`` and ``extension``, as `ShardWriter.write` takes them.
-
-    Returns:
-        Samples written, and the file's SHA-256; 0 and "" where there was none.
-    """
-    # A folder of this process alone: one that was killed may still be writing.
-    aside = folder / f"{name}.{os.getpid()}"
-    count, digest = 0, ""
-    try:
-        with ShardWriter(aside, name.removesuffix(".tar"), samples_per_shard=0) as writer:
-            for sample in samples:
-                writer.write(sample.key, sample.record, sample.content, sample.extension)
-                count += 1
-        if count:
-            digest = sha256_of(aside / name)
-            os.replace(aside / name, folder / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return count, digest
-
-
-def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> list[_Sample]:
+def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> list[Sample]:
     """What becomes of a row; what does not is added to ``rejected``."""
     try:
         if row.problem:
@@ -153,7 +106,7 @@ def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> li
             raise _Broken("no text", f"there is no text in column `{job.text_column}`", cure)
         record = json.loads(json.dumps({**record, "text": text}, default=str))  # dates of parquet become text
         if not job.has_audio:
-            return [_Sample(key, record)]
+            return [Sample(key, record)]
         if row.audio is None:
             raise _Broken("broken row", "there is no audio", "drop the row")
         clip = _load(job, row.audio, record, row.where)
@@ -201,7 +154,7 @@ def _trimmed(clip: _Clip, record: dict[str, Any]) -> _Clip:
 
 def _speech_samples(
     job: ShardJob, key: str, row: Row, record: dict[str, Any], clip: _Clip, rejected: list[Rejection]
-) -> Iterator[_Sample]:
+) -> Iterator[Sample]:
     seconds = len(clip.audio) / clip.rate_hz
     segments = [Segment(record["text"], clip.words or [], 0.0, seconds)]
     limit_s = job.rules.max_seconds
@@ -227,4 +180,4 @@ def _speech_samples(
         fields.setdefault("seconds", round(len(audio) / clip.rate_hz, 3))
         if job.level_dbfs is not None:
             audio = with_level(audio, job.level_dbfs)
-        yield _Sample(name, fields, encode_flac(audio, clip.rate_hz), seconds=len(audio) / clip.rate_hz)
+        yield Sample(name, fields, encode_flac(audio, clip.rate_hz), seconds=len(audio) / clip.rate_hz)

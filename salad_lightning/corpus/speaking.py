@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ import torchaudio
 
 from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.rules import Rejection
-from salad_lightning.corpus.shard_maker import write_shard
-from salad_lightning.corpus.workspace import write_aside
+from salad_lightning.corpus.written_shard import Sample, write_shard
 from salad_lightning.data.audio import encode_flac
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Speech, Synthesizer
@@ -59,13 +58,6 @@ class SpeechJob:
     sample_rate_hz: int | None
 
 
-class _Sample(NamedTuple):
-    key: str
-    record: dict[str, Any]
-    content: bytes
-    extension: str = "flac"
-
-
 class _Unspoken(Exception):
     """Why a text has no speech: reason, detail."""
 
@@ -74,41 +66,27 @@ def speak_shard(job: SpeechJob) -> dict[str, Any]:
     """Write a shard and its report; the same job gives the same bytes.
 
     Returns:
-        The report: digest, name, SHA-256 (empty where nothing could be spoken and no file is written), counts, seconds,
-        and what failed.
+        The report of `write_shard`, with rows and what failed.
 
     Raises:
         UserError: If the synthesizer cannot be built.
     """
     failed: list[Rejection] = []
-    seconds = 0.0
 
-    def samples() -> Iterator[_Sample]:
-        nonlocal seconds
+    def samples() -> Iterator[Sample]:
         for key, row in job.rows:
             try:
-                sample = _speak(job, key, row)
+                yield _speak(job, key, row)
             except _Unspoken as unspoken:
                 failed.append(Rejection(row.where, key, *unspoken.args))
-                continue
-            seconds += sample.record["seconds"]
-            yield sample
 
-    num_samples, digest = write_shard(job.folder, job.name, samples())
-    report = {
-        "digest": job.digest,
-        "name": job.name,
-        "sha256": digest,
-        "num_rows": len(job.rows),
-        "num_samples": num_samples,
-        "seconds": round(seconds, 3),
-        "failed": [rejection._asdict() for rejection in failed],
-    }
-    write_aside(job.folder / f"{job.name}.json", json.dumps(report))
-    return report
+    def facts() -> dict[str, Any]:
+        return {"num_rows": len(job.rows), "failed": [rejection._asdict() for rejection in failed]}
+
+    return write_shard(job.folder, job.name, job.digest, samples(), facts)
 
 
-def _speak(job: SpeechJob, key: str, row: Row) -> _Sample:
+def _speak(job: SpeechJob, key: str, row: Row) -> Sample:
     if row.problem:
         raise _Unspoken("broken row", row.problem)
     record = dict(row.values)
@@ -134,7 +112,8 @@ def _speak(job: SpeechJob, key: str, row: Row) -> _Sample:
         "speaker": ",".join(f"{name}={value}" for name, value in json.loads(voice).items()) or job.synthesizer,
         "seconds": round(duration_s, 3),
     }
-    return _Sample(key, json.loads(json.dumps(record, default=str)), encode_flac(audio, rate))
+    record = json.loads(json.dumps(record, default=str))  # dates of parquet become text
+    return Sample(key, record, encode_flac(audio, rate), seconds=record["seconds"])
 
 
 def _duration(speech: Speech, sample_rate_hz: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import time
 from collections import Counter
@@ -20,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from salad_lightning import __version__
-from salad_lightning.corpus.keyed_rows import keyed, row_batches
+from salad_lightning.corpus.budget import FEW_ROWS, check_budget
+from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
 from salad_lightning.corpus.manifest import read_rows
-from salad_lightning.corpus.output_folder import INDEX
+from salad_lightning.corpus.output_folder import INDEX, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
 from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
@@ -31,9 +30,6 @@ from salad_lightning.errors import UserError
 __all__ = ["add_arguments", "run", "synthesize"]
 
 _FAILED = "failed.jsonl"
-# A share of failures says little about fewer texts.
-_FEW_ROWS = 1000
-_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,9 +136,7 @@ def synthesize(
         UserError: If the folder holds something else, a setting is wrong, or too many texts fail.
     """
     output = Path(output)
-    source = source or output.resolve().name
-    if not source or any(char in source for char in "./\\{}*?[]"):
-        raise UserError(f"{source!r} cannot begin a file name", where="--source", cure="use letters, digits, - and _")
+    source = shard_prefix(source, output)
     if samples_per_shard < 1 or workers < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
         raise UserError("sizes, rates and counts start at 1", where="--samples-per-shard, --sample-rate, --workers")
     settings: dict[str, Any] = {
@@ -189,7 +183,7 @@ def _speak_all(
     from salad_lightning.corpus.speaking import SpeechJob
 
     jobs = (
-        SpeechJob(space.folder, f"{source}-{number:06d}.tar", _digest(settings, batch), batch, **settings)
+        SpeechJob(space.folder, f"{source}-{number:06d}.tar", rows_digest(settings, batch), batch, **settings)
         for number, batch in enumerate(row_batches(keyed(read_rows(manifest)), samples_per_shard))
     )
     reports: list[dict[str, Any]] = []
@@ -201,7 +195,7 @@ def _speak_all(
                 num_rows += report["num_rows"]
                 failed += report["failed"]
                 progress.update(report["num_rows"])
-                _check_failures(failed, max(num_rows, _FEW_ROWS), max_bad_fraction)
+                _check_failures(failed, max(num_rows, FEW_ROWS), max_bad_fraction)
     except BrokenProcessPool as error:
         cure = "type the same command again to go on; --workers 1 shows at which shard it dies"
         raise UserError("a process of the synthesizer died", where=str(manifest), cure=cure) from error
@@ -218,21 +212,9 @@ def _spoken(space: Workspace, job: Any) -> dict[str, Any]:
     return space.finished(job.name, job.digest) or speak_shard(job)
 
 
-def _digest(settings: dict[str, Any], batch: Sequence[tuple[str, Any]]) -> str:
-    rows = [[key, row.where, row.values, row.problem] for key, row in batch]
-    content = json.dumps([__version__, settings, rows], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def _check_failures(failed: Sequence[dict[str, Any]], num_rows: int, max_bad_fraction: float) -> None:
-    if len(failed) <= max_bad_fraction * num_rows:
-        return
-    shown = [f"{row['where']}: {row['reason']}: {row['detail']}" for row in failed[:_SHOWN]]
-    more = [f"… and {len(failed) - _SHOWN} more"] if len(failed) > _SHOWN else []
-    raise UserError(
-        "\n  ".join([f"{len(failed)} texts could not be spoken, more than --max-bad-fraction allows:", *shown, *more]),
-        cure="mend the texts or the synthesizer, or raise --max-bad-fraction to leave them out",
-    )
+    cure = "mend the texts or the synthesizer, or raise --max-bad-fraction to leave them out"
+    check_budget(failed, num_rows, max_bad_fraction, "texts could not be spoken", cure)
 
 
 def _publish(
@@ -251,10 +233,5 @@ def _publish(
         "seconds": round(sum(report["seconds"] for report in kept), 3),
         "failed": dict(sorted(Counter(failure["reason"] for failure in failed).items())),
         "shards": [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept],
-        "files": [_FAILED] if failed else [],
     }
-    texts = {INDEX: json.dumps(index, indent=2) + "\n"}
-    if failed:
-        texts[_FAILED] = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failed)
-    space.publish(note, names, texts)
-    return index
+    return space.publish(note, names, index, lists={_FAILED: failed})

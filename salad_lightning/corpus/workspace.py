@@ -43,20 +43,39 @@ class Workspace:
             pass
         return None
 
-    def publish(self, request: str, shards: dict[str, str], texts: dict[str, str]) -> None:
+    def publish(
+        self,
+        request: str,
+        shards: dict[str, str],
+        index: dict[str, Any],
+        *,
+        texts: dict[str, str] | None = None,
+        lists: dict[str, list[Any]] | None = None,
+    ) -> dict[str, Any]:
         """Put everything in its place, the index last; `finish_publication` goes on after a kill.
 
         Args:
             request: What was asked for.
             shards: Names here to names in the output.
-            texts: File name to content, the index among them.
+            index: Content of ``index.json``; the other files are added to it.
+            texts: File name to content.
+            lists: File name to what becomes a line of JSON each; a file only where there is any.
+
+        Returns:
+            The index.
         """
-        for name, text in texts.items():
+        files = dict(texts or {})
+        for name, rows in (lists or {}).items():
+            if rows:
+                files[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        index = {**index, "files": list(files)}
+        for name, text in {**files, INDEX: json.dumps(index, indent=2) + "\n"}.items():
             write_aside(self.folder / name, text)
-        moves = shards | {name: name for name in texts if name != INDEX} | {INDEX: INDEX}
+        moves = shards | {name: name for name in files} | {INDEX: INDEX}
         remove = [name for name in self._replaced if name not in moves.values()]
         write_aside(self.folder / _PUBLISH, json.dumps({"request": request, "moves": moves, "remove": remove}))
         _publish(self.output)
+        return index
 
 
 def finish_publication(output: Path) -> str | None:
@@ -75,7 +94,7 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
     """A workspace in ``output``, for one command at a time.
 
     After a kill, Ctrl-C or a full disk its finished shards are kept for the next run. After a `UserError` they are
-    kept where they hold a thousand rows or more, and otherwise nothing is left.
+    kept where they hold a thousand samples or more, and otherwise nothing is left.
 
     Args:
         output: Made where missing.
@@ -96,7 +115,7 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
         try:
             yield Workspace(output, replaced)
         except UserError:
-            if _finished_rows(partial) < _WORTH_KEEPING:
+            if _finished_samples(partial) < _WORTH_KEEPING:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         except OSError as error:
@@ -134,9 +153,9 @@ def _publish(output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _finished_rows(partial: Path) -> int:
+def _finished_samples(partial: Path) -> int:
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in partial.glob("*.tar.json")]
-    return sum(report.get("num_rows", 0) for report in reports)
+    return sum(report["num_samples"] for report in reports)
 
 
 @contextlib.contextmanager

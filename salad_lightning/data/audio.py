@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from salad_lightning.errors import UserError
 
-__all__ = ["MAX_SECONDS", "decode_audio", "encode_flac", "resample"]
+__all__ = ["MAX_SECONDS", "check_length", "decode_audio", "encode_flac", "resample"]
 
 MAX_SECONDS = 7200.0
 """Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
@@ -41,12 +41,7 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate = int(file.samplerate)
-            if file.frames > MAX_SECONDS * rate or file.frames * file.channels > _MAX_VALUES:
-                raise UserError(
-                    f"the audio claims {file.frames / rate:.0f} s of {file.channels} channels",
-                    where=where,
-                    cure=f"cut it into pieces of at most {MAX_SECONDS:.0f} s",
-                )
+            check_length(file.frames, file.channels, rate, where)
             audio = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         # Its own text names the buffer in memory, at another address in every run.
@@ -62,6 +57,20 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
     if rate * sample_rate_hz > _MAX_KERNEL * math.gcd(rate, sample_rate_hz) ** 2:
         raise UserError(f"{rate} Hz is no usual sample rate", where=where, cure=f"convert it to {sample_rate_hz} Hz")
     return resample(mono, rate, sample_rate_hz), sample_rate_hz
+
+
+def check_length(num_samples: int, num_channels: int, sample_rate_hz: int, where: str) -> None:
+    """Refuse to decode more than memory holds, before any of it is asked for.
+
+    Raises:
+        UserError: If it is longer than `MAX_SECONDS`, or has as many values.
+    """
+    if num_samples > MAX_SECONDS * sample_rate_hz or num_samples * num_channels > _MAX_VALUES:
+        raise UserError(
+            f"the audio claims {num_samples / sample_rate_hz:.0f} s of {num_channels} channels",
+            where=where,
+            cure=f"cut it into pieces of at most {MAX_SECONDS:.0f} s",
+        )
 
 
 def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from salad_lightning.batch import SpeechBatch
+from salad_lightning.data.commands import is_command
 from salad_lightning.data.loading import EndlessLoader, InStepLoader, StreamLoader
 from salad_lightning.data.resharding import past_readers
 from salad_lightning.data.sources import Source, check_sources, shard_paths
@@ -283,5 +284,8 @@ class SpeechDataModule(LightningDataModule):
 
 
 def _files(paths: Sequence[str]) -> list[tuple[str, int]]:
-    # Asking a remote storage for thousands of sizes takes minutes.
-    return [(os.path.basename(path), -1 if is_remote(path) else os.path.getsize(path)) for path in paths]
+    # Asking a remote storage for thousands of sizes takes minutes; a command has none.
+    return [
+        (path, -1) if is_command(path) else (os.path.basename(path), -1 if is_remote(path) else os.path.getsize(path))
+        for path in paths
+    ]

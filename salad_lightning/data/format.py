@@ -3,7 +3,8 @@
 A shard is a WebDataset tar. A sample is ``{key}.json`` with ``{"text": …, "words": [[word, start_s, end_s], …], …}``
 beside ``{key}.flac`` (or another extension of `AUDIO_EXTENSIONS`); plain text is ``{key}.json`` alone. ``words`` is
 optional; every other JSON field is kept. Pre-encoded speech is ``{key}.frames.npy`` or ``{key}.codes.npy`` in place of
-the audio, with ``encoded: {"by": encoder, "num_samples": samples}`` in the JSON. Nothing in a shard is ever unpickled
+the audio, with ``encoded: {"by": encoder, "num_samples": samples}`` in the JSON. In tars made by others, a transcript
+may be a ``{key}.txt`` instead. Nothing in a shard is ever unpickled
 or executed.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from webdataset.tariterators import group_by_keys
 
 from salad_lightning.data.arrays import NOT_AN_ARRAY, decode_array
 from salad_lightning.data.audio import decode_audio
+from salad_lightning.data.commands import CommandFile, is_command
 from salad_lightning.data.storage import RemoteFile, is_remote
 from salad_lightning.data.tars import read_members
 from salad_lightning.errors import UserError
@@ -46,7 +49,7 @@ AUDIO_EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3")
 ENCODED_EXTENSIONS = ("frames.npy", "codes.npy")
 """What a frozen encoder made of the audio: floats or integers."""
 
-_READ = frozenset({"json", *AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS})
+_READ = frozenset({"json", "txt", *AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS})
 
 TIME_SLACK_S = 0.25
 """How far word times may go beyond the audio: aligners round to their own frames; more is another recording's."""
@@ -131,21 +134,27 @@ class Utterance:
         return dataclasses.replace(self, audio=other.audio, encoded=other.encoded, words=None, fields=fields)
 
 
-def read_shard(path: str | Path) -> Iterator[RawSample]:
+def read_shard(path: str | Path, *, allow_pipe: bool = False) -> Iterator[RawSample]:
     """Samples of a shard in the order of the tar.
 
     Args:
         path: A local file, or an address that `salad_lightning.data.storage` reads.
+        allow_pipe: Whether it may be ``pipe:`` and a command, which is run.
+
+    Yields:
+        Samples whose transcript is in their JSON, whether it was there or in a ``.txt``.
 
     Raises:
         UserError: If the file is missing or not a readable tar, was cut off, holds what `read_members` refuses, or a
             key occurs twice in a row with the same extension.
     """
     try:
-        with RemoteFile(str(path)) if is_remote(str(path)) else open(path, "rb") as stream:
+        with _open(str(path), allow_pipe) as stream:
             files = ({"fname": name, "data": data, "__url__": ""} for name, data in read_members(stream, _is_read))
             for sample in group_by_keys(files):
                 members = {name: value for name, value in sample.items() if not name.startswith("__")}
+                if "txt" in members:
+                    _move_text(members)
                 yield RawSample(sample["__key__"], str(path), members)
     except UserError as error:
         raise UserError(error.what, where=str(path), cure=error.cure) from error
@@ -214,6 +223,22 @@ def parse_words(words: Any, where: str) -> list[TimedWord] | None:
     return timed
 
 
+def _open(path: str, allow_pipe: bool) -> AbstractContextManager[Any]:
+    if allow_pipe and is_command(path):
+        return CommandFile(path)
+    return RemoteFile(path) if is_remote(path) else open(path, "rb")
+
+
+def _move_text(members: dict[str, bytes]) -> None:
+    """Put a ``.txt`` into the JSON, so that there is one place to look; one that is no text stays, for `decode`."""
+    try:
+        record = json.loads(members.get("json", b"{}"))
+        members["json"] = json.dumps({**record, "text": members["txt"].decode().strip()}).encode()
+        del members["txt"]
+    except (ValueError, TypeError, RecursionError):
+        return
+
+
 def _is_read(name: str) -> bool:
     """Whether a member of a tar is taken out of it."""
     extension = name.rpartition("/")[2].partition(".")[2].lower()
@@ -221,8 +246,12 @@ def _is_read(name: str) -> bool:
 
 
 def _parse_json(raw: RawSample, where: str) -> dict[str, Any]:
+    if "txt" in raw.members:
+        raise UserError("the .txt is not UTF-8, or the .json beside it does not parse", where=where)
     if "json" not in raw.members:
-        raise UserError("the sample has no .json", where=where, cure="write shards with `salad-lightning prepare`")
+        raise UserError(
+            "the sample has no .json and no .txt", where=where, cure="write shards with `salad-lightning prepare`"
+        )
     try:
         record = json.loads(raw.members["json"])
         if b"\\ud" in raw.members["json"].lower():  # half of a surrogate pair is no text, and no tokenizer takes it

@@ -62,6 +62,7 @@ class ShuffledReader:
         block_size: Samples shuffled together.
         tolerance: Takes note of shards that cannot be read; by default they are errors.
         past: Readers before the latest changes of ``num_parts``; what they read is left out.
+        allow_pipe: Whether a path may be a command; see `Source`.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class ShuffledReader:
         *,
         tolerance: Tolerance | None = None,
         past: Sequence[PastReaders] = (),
+        allow_pipe: bool = False,
     ) -> None:
         self.name, self.paths, self.seed, self.block_size = name, paths, seed, block_size
         self.part, self.num_parts, self.past = part, num_parts, past
-        self.tolerance = tolerance or Tolerance(name)
+        self.tolerance, self.allow_pipe = tolerance or Tolerance(name), allow_pipe
         self.deal_samples = len(paths) < num_parts
         self.seek({"epoch": past[-1].first_epoch if past else 0, "shard": 0, "sample": 0, "taken": 0})
 
@@ -94,23 +96,36 @@ class ShuffledReader:
         self._block: list[RawSample] | None = None
         self._samples: Iterator[tuple[RawSample, tuple[int, int, int]]] | None = None
 
+    def epoch(self) -> int:
+        """The epoch that the next sample belongs to.
+
+        Raises:
+            UserError: As `next`.
+        """
+        self._have_sample()
+        return self._start[0]
+
     def next(self) -> tuple[RawSample, int]:
         """The next sample, and the epoch it belongs to.
 
         Raises:
             UserError: If the shards hold no sample, or more of them are unreadable than may be.
         """
-        if self._block is None:
-            self._read_block()
-        # Not `==`: a block may have become shorter since the cursor was written, where a shard has.
-        while self._taken >= len(self._block or []):
-            self._start, self._taken = self._next_start, 0
-            self._read_block()
-        assert self._block is not None
+        block = self._have_sample()
         self._taken += 1
-        return self._block[self._taken - 1], self._start[0]
+        return block[self._taken - 1], self._start[0]
 
-    def _read_block(self) -> None:
+    def _have_sample(self) -> list[RawSample]:
+        """The current block, with a sample that is not yet taken."""
+        if self._block is None:
+            self._block = self._read_block()
+        # Not `==`: a block may have become shorter since the cursor was written, where a shard has.
+        while self._taken >= len(self._block):
+            self._start, self._taken = self._next_start, 0
+            self._block = self._read_block()
+        return self._block
+
+    def _read_block(self) -> list[RawSample]:
         epoch = self._start[0]
         if self._samples is None:
             self._samples = self._read(*self._start)
@@ -124,7 +139,7 @@ class ShuffledReader:
         else:
             self._samples = None
         random.Random(f"{self.seed}/{self.name}/{self._start}/{self.part}").shuffle(block)
-        self._block = block
+        return block
 
     def _read(
         self, epoch: int, first_shard: int, first_sample: int
@@ -156,6 +171,6 @@ class ShuffledReader:
         """Samples of a shard up to where it breaks, if it does."""
         self.tolerance.count("shard")
         try:
-            yield from read_shard(path)
+            yield from read_shard(path, allow_pipe=self.allow_pipe)
         except UserError as error:
             self.tolerance.skip("shard", error, path)

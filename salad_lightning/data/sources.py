@@ -10,6 +10,7 @@ from pathlib import Path
 
 import braceexpand
 
+from salad_lightning.data.commands import is_command
 from salad_lightning.data.documents import DocumentBuilder
 from salad_lightning.data.storage import expand_remote, is_remote
 from salad_lightning.errors import UserError
@@ -23,13 +24,17 @@ class Source:
 
     Attributes:
         shards: A folder, a file, a glob (``train/*.tar``) or braces (``train-{000000..000009}.tar``), or several;
-            local, or at an address (``s3://bucket/train``, ``gs://``, ``https://``) that fsspec reads.
+            local, or at an address (``s3://bucket/train``, ``gs://``, ``https://``) that fsspec reads. Samples are as
+            `salad_lightning.data.format` says, or audio beside a ``.txt``.
         documents: Builder of documents.
         weight: Share of the *positions* of the mixture, relative to the other sources' weights; training only.
         name: Name in logs; the folder's name by default.
         max_bad_fraction: Share of the samples, and of the shards, that is skipped and listed where it cannot be used;
             every reader skips 5 of each in any case, unless this is 0. By default 0.001 in training, and 0 in
             evaluation, whose results would change with what is left out.
+        allow_pipe: Whether shards may be ``pipe:`` and a shell command that writes a tar, which **runs** with all your
+            rights; braces in it are expanded as in paths.
+        max_epochs: How often training reads it before it leaves the mixture to the others; by default, without end.
     """
 
     shards: str | list[str]
@@ -37,6 +42,8 @@ class Source:
     weight: float = 1.0
     name: str = ""
     max_bad_fraction: float | None = None
+    allow_pipe: bool = False
+    max_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -49,25 +56,26 @@ def shard_paths(source: Source) -> list[str]:
     """Files of a source, sorted.
 
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is a command.
+        UserError: If a path is missing, a folder holds no shard, or a path is a command and `allow_pipe` is off.
     """
     if not source.shards:
         raise UserError(f"source {source.name!r} lists no shards", where="shards", cure="give a folder of .tar files")
-    return expand_shards(source.shards, remote=True)
+    return expand_shards(source.shards, remote=True, allow_pipe=source.allow_pipe)
 
 
-def expand_shards(shards: str | Sequence[str], *, remote: bool = False) -> list[str]:
+def expand_shards(shards: str | Sequence[str], *, remote: bool = False, allow_pipe: bool = False) -> list[str]:
     """Files that a path stands for, sorted; see `Source.shards`.
 
     Args:
         shards: One path or several.
         remote: Whether addresses are taken.
+        allow_pipe: Whether ``pipe:`` commands are.
 
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is a command or an unwanted address.
+        UserError: If a path is missing, a folder holds no shard, or a path is an unwanted command or address.
     """
     patterns = [shards] if isinstance(shards, str) else shards
-    return sorted({path for pattern in patterns for path in _expand(pattern, remote)})
+    return sorted({path for pattern in patterns for path in _expand(pattern, remote, allow_pipe)})
 
 
 def check_sources(sources: Sequence[Source], where: str) -> None:
@@ -78,7 +86,8 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
         where: That key, for messages.
 
     Raises:
-        UserError: If there is no source, a weight is not positive, a fraction is none, or two sources share a name.
+        UserError: If there is no source, a weight or count is not positive, a fraction is none, or two sources share a
+            name.
     """
     if not sources:
         raise UserError("there is no source", where=where, cure="list at least one")
@@ -86,6 +95,10 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
     for source in sources:
         if not source.weight > 0:
             raise UserError(f"the weight of source {source.name!r} is {source.weight}", where=where, cure="give > 0")
+        if source.max_epochs is not None and source.max_epochs < 1:
+            raise UserError(
+                f"`max_epochs` of source {source.name!r} is {source.max_epochs}", where=where, cure="give 1 or more"
+            )
         if not 0 <= (source.max_bad_fraction or 0.0) <= 1:
             raise UserError(
                 f"`max_bad_fraction` of source {source.name!r} is {source.max_bad_fraction}",
@@ -96,7 +109,9 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
             raise UserError(f"two sources are called {source.name!r}", where=where, cure="give each a `name`")
 
 
-def _expand(pattern: str, remote: bool) -> list[str]:
+def _expand(pattern: str, remote: bool, allow_pipe: bool) -> list[str]:
+    if allow_pipe and is_command(pattern):
+        return list(braceexpand.braceexpand(pattern))
     if is_remote(pattern):
         if not remote:
             raise UserError(

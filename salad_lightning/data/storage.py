@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 
+from salad_lightning.data.commands import is_command
 from salad_lightning.errors import UserError
 
 __all__ = ["RemoteFile", "expand_remote", "is_remote"]
@@ -27,8 +28,14 @@ def is_remote(path: str) -> bool:
     """Whether fsspec reads it.
 
     Raises:
-        UserError: For a scheme that is not read: `pipe:` would run commands, and chained schemes (``zip::…``) unpack.
+        UserError: For a scheme that is not read: chained schemes (``zip::…``) unpack, and `pipe:` runs commands.
     """
+    if is_command(path):
+        raise UserError(
+            "pipe: is not read here: it runs a command",
+            where=path,
+            cure="set `allow_pipe: true` of the source if you trust it; elsewhere run the command first",
+        )
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", path)
     if scheme is None:
         return False

@@ -114,6 +114,7 @@ class TrainingStream(IterableDataset[SpeechBatch]):
             self.shuffle_block,
             tolerance=Tolerance(source.name, fraction, self.skipped),
             past=[PastReaders(layout[source.name]["cursors"]) for layout in self.past],
+            allow_pipe=source.allow_pipe,
         )
 
 
@@ -178,7 +179,7 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
         for path in self.paths:
             tolerance.count("shard")
             try:
-                yield from read_shard(path)
+                yield from read_shard(path, allow_pipe=self.source.allow_pipe)
             except UserError as error:
                 tolerance.skip("shard", error, path)
 
@@ -250,7 +251,7 @@ class _Mixture:
     def draw(self) -> Iterator[_Drawn]:
         ordinal = fruitless = 0
         while True:
-            index = min(range(len(self.sources)), key=lambda i: self.positions[i] / self.sources[i].weight)
+            index = min(self._open(), key=lambda i: self.positions[i] / self.sources[i].weight)
             source, before, first = self.sources[index], self.state(), ordinal
             documents = self._documents(index)
             self.positions[index] += sum(document.num_positions for document in documents)
@@ -260,6 +261,18 @@ class _Mixture:
             for document in documents:
                 yield _Drawn(document, ordinal, first, before)
                 ordinal += 1
+
+    def _open(self) -> list[int]:
+        """Sources that may still be read."""
+        limits = [source.max_epochs for source in self.sources]
+        left = [i for i, limit in enumerate(limits) if limit is None or self.readers[i].epoch() < limit]
+        if not left:
+            raise UserError(
+                "every source has been read as often as it may be",
+                where="data.train",
+                cure="lower `max_steps`, or raise `max_epochs` of a source or leave it out",
+            )
+        return left
 
     def _documents(self, index: int) -> list[Document]:
         """Of the next sample of a source; none if it cannot be used."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from salad_lightning.errors import UserError
 
-__all__ = ["MAX_MEMBER_BYTES", "StrictTarInfo", "read_members"]
+__all__ = ["MAX_MEMBER_BYTES", "StrictTarInfo", "check_member", "read_members"]
 
 MAX_MEMBER_BYTES = 2**30
 """Larger members are refused: none of ours comes near, and all of it would be read into memory."""
@@ -52,16 +52,26 @@ def read_members(file: Any, is_read: Callable[[str], bool]) -> Iterator[tuple[st
     with tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo, bufsize=65_536) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # or they would be kept to the end
-            _check_name(member.name)
             if not member.isreg() or not is_read(member.name):
+                _check_name(member.name)
                 continue
-            if member.issparse() or not 0 <= member.size <= MAX_MEMBER_BYTES:
-                raise UserError(
-                    f"{member.name!r} is sparse or claims {member.size} bytes", cure="do not use this file, or split it"
-                )
+            check_member(member)
             content = tar.extractfile(member)
             assert content is not None  # it is a regular file
             yield member.name, content.read()
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Refuse what no corpus holds.
+
+    Raises:
+        UserError: For a name that leads out of the archive, is no UTF-8 or absurdly long, and for absurd sizes.
+    """
+    _check_name(member.name)
+    if member.issparse() or not 0 <= member.size <= MAX_MEMBER_BYTES:
+        raise UserError(
+            f"{member.name!r} is sparse or claims {member.size} bytes", cure="do not use this file, or split it"
+        )
 
 
 def _check_name(name: str) -> None:

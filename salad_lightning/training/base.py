@@ -47,10 +47,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save to ``path`` + ``.part``, then rename."""
+        """Save to ``path`` + ``.part``, then rename.
+
+        Raises:
+            UserError: If the disk is full, or the place cannot be written to; what was half-written is removed.
+        """
         aside = f"{path}.part"
-        super().save_checkpoint(checkpoint, aside, storage_options)
-        os.replace(aside, path)
+        try:
+            super().save_checkpoint(checkpoint, aside, storage_options)
+            os.replace(aside, path)
+        except OSError as error:
+            Path(aside).unlink(missing_ok=True)
+            raise UserError(
+                f"the checkpoint cannot be written ({error.strerror or error})",
+                where=str(path),
+                cure="make room, then go on from the one before with --ckpt_path=last",
+            ) from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None

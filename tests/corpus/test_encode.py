@@ -118,6 +118,7 @@ def test_codes_take_a_byte_each(tmp_path):
     assert codes.shape[1] == 4
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     save_speech_shards(tmp_path / "audio", num_samples=600, samples_per_shard=20)
     recipe = tmp_path / "recipe.yaml"
@@ -129,7 +130,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
         [*command, "--output", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     partial = killed / ".partial"
-    while len(list(partial.glob("*.entry.json"))) < 5:
+    while len(list(partial.glob("*.tar.json"))) < 5:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -159,7 +159,7 @@ def test_a_changed_input_is_not_mistaken_for_the_old_one(manifest, tmp_path, mon
         if path.name == "x-000003.tar.json":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("salad_lightning.corpus.shard_maker.write_aside", failing)
+    monkeypatch.setattr("salad_lightning.corpus.written_shard.write_aside", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(changed, output, samples_per_shard=8, source="x", max_bad_fraction=1)
     monkeypatch.undo()

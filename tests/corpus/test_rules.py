@@ -107,7 +107,7 @@ def test_it_stops_early_where_too_much_is_broken(tmp_path, capsys):
     assert cli.main(command) == 2
     message = capsys.readouterr().err
     assert "20 broken rows" in message  # 1 % of 1000 rows are 10, and shards are looked at whole
-    assert "line 2: there is no text" in message
+    assert "line 2: no text: there is no text" in message
     assert "and 15 more" in message
     assert cli.main([*command, "--max-bad-fraction", "0.9"]) == 2
     assert "line 601: not JSON" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
@@ -131,39 +133,54 @@ def test_evaluation_sets_come_in_order_with_names(folders, make_spec, tmp_path):
     assert keys[1] == sorted([f"choice{number:06d}" for number in range(5)] * 4)
 
 
-def _validate_on_rank(rank, folders, make, port, queue):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    data = _module(folders)
-    data.spec = make
-    data._rank = lambda: (rank, 2)
-    keys = [[[info.key for info in batch.documents] for batch in loader] for loader in data.val_dataloader()]
-    data.note_trained(next(iter(data.train_dataloader())))
-    queue.put((rank, keys, data.state_dict()))
-    torch.distributed.destroy_process_group()
+RANK = """
+import json, sys
+import torch
+from transformers import PreTrainedTokenizerFast
+from salad_lightning.data.datamodule import SpeechDataModule
+from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.sources import Source
+from salad_lightning.data.spec import SequenceSpec
+from salad_lightning.data.template import TemplateDocuments
+
+rank, folder, speech, text, choice = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+interleave = InterleaveDocuments((1, 4), (2, 6))
+data = SpeechDataModule(
+    train=[Source(speech, interleave, 2.0), Source(text, interleave)],
+    val=[Source(speech, interleave), Source(choice, TemplateDocuments(all_choices=True))],
+    rows_per_batch=2, eval_rows_per_batch=2, shuffle_block=6,
+)
+data.spec = SequenceSpec.text_only(PreTrainedTokenizerFast.from_pretrained(folder), 128)
+data._rank = lambda: (rank, 2)
+keys = [[[info.key for info in batch.documents] for batch in loader] for loader in data.val_dataloader()]
+data.note_trained(next(iter(data.train_dataloader())))
+print(json.dumps([keys, data.state_dict()]))
+torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.mark.slow
-def test_two_ranks_evaluate_everything_once_in_equal_steps_and_gather_positions(folders, make_spec):
-    context = mp.get_context("fork")  # the spec of the tests holds closures
-    queue = context.SimpleQueue()
-    port = 29_500 + torch.randint(1000, ()).item()
+def test_two_ranks_evaluate_everything_once_in_equal_steps_and_gather_positions(folders, byte_tokenizer, tmp_path):
+    """In processes of their own: a fork of this one would inherit its threads' locks."""
+    byte_tokenizer.save_pretrained(tmp_path)
     processes = [
-        context.Process(target=_validate_on_rank, args=(rank, folders, make_spec(), port, queue)) for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path), *folders.values()], stdout=subprocess.PIPE
+        )
+        for rank in range(2)
     ]
-    for process in processes:
-        process.start()
-    results = sorted(queue.get() for _ in processes)
-    for process in processes:
-        process.join(30)
+    results = [json.loads(process.communicate(timeout=240)[0]) for process in processes]
     for number, expected in enumerate([20, 5 * 4]):
-        assert len(results[0][1][number]) == len(results[1][1][number])
-        keys = [key for _, keys, _ in results for batch in keys[number] for key in batch]
+        assert len(results[0][0][number]) == len(results[1][0][number])
+        keys = [key for keys, _ in results for batch in keys[number] for key in batch]
         assert len(keys) == expected
         assert len(set(keys)) == (20, 5)[number]
-    assert results[0][2] == results[1][2]
-    ranks = results[0][2]["ranks"]
-    assert sorted(ranks) == [0, 1]
-    assert ranks[0]["workers"][0]["sources"] != ranks[1]["workers"][0]["sources"] or ranks[0] != ranks[1]
+    assert results[0][1] == results[1][1]
+    ranks = results[0][1]["ranks"]
+    assert sorted(ranks) == ["0", "1"]
+    assert ranks["0"]["workers"]["0"]["rank"] == 0
+    assert ranks["1"]["workers"]["0"]["rank"] == 1
 
 
 def test_yaml_builds_it(folders):
@@ -181,6 +198,12 @@ data:
           init_args: {{text_words: [0, 4], speech_words: [2, 8]}}
       - shards: [{folders["text"]}]
         documents: InterleaveDocuments
+        max_epochs: 3
+        max_bad_fraction: 0.01
+      - shards: "pipe:cat x.tar"
+        allow_pipe: true
+        name: piped
+        documents: InterleaveDocuments
     val:
       - shards: {folders["choice"]}
         name: questions
@@ -194,6 +217,8 @@ data:
     assert data.train[0].documents.text_words == (0, 4)
     assert data.train[0].weight == 2.0
     assert data.train[1].name == "text"
+    assert (data.train[1].max_epochs, data.train[1].max_bad_fraction) == (3, 0.01)
+    assert [source.allow_pipe for source in data.train] == [False, False, True]
     assert data.val_names == ["questions"]
     assert data.val[0].documents.control == "muted"
     assert data.val[0].documents.template == "Q: {speech}\nA: {answer}"

@@ -1,5 +1,6 @@
 """Damaged shards: whatever the bytes, the reader gives samples or a `UserError`; it ends, and runs nothing."""
 
+import collections
 import pickle
 import random
 import time
@@ -7,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from salad_lightning.corpus.readers import read_tars
 from salad_lightning.data.arrays import encode_array
-from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.audio import decode_audio, encode_flac
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
@@ -95,3 +97,23 @@ def test_damaged_shards_end_in_samples_or_a_user_error(tmp_path, seed, count):
     assert not harm.exists()
     assert outcomes["shard"] > count / 10
     assert outcomes["sample"] > count / 10
+
+
+def test_damaged_tars_end_the_same_way_in_prepare(tmp_path):
+    """Its reader of tars notes where the audio is and leaves it there."""
+    harm, path = tmp_path / "harm", tmp_path / "fuzz.tar"
+    content, rng = _shard(tmp_path / "shard", harm), random.Random(2)
+    outcomes = collections.Counter()
+    for _ in range(1000):
+        path.write_bytes(_mutated(content, rng))
+        begin = time.process_time()
+        try:
+            for row in read_tars(str(path)):
+                outcomes["problem" if row.problem else "row"] += 1
+                if row.audio is not None:
+                    decode_audio(row.audio.read(), 16_000, "")
+        except UserError as error:
+            outcomes["shard" if error.where == str(path) else "audio"] += 1
+        assert time.process_time() - begin < 5
+    assert not harm.exists()
+    assert min(outcomes[kind] for kind in ("row", "problem", "shard", "audio")) > 20

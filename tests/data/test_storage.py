@@ -1,6 +1,8 @@
 """Shards over HTTP from a real server that fails, breaks off and stalls."""
 
 import http.server
+import itertools
+import json
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from salad_lightning.data import storage
 from salad_lightning.data.format import read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.sources import Source, expand_shards, shard_paths
-from salad_lightning.data.stream import EvaluationStream
+from salad_lightning.data.stream import EvaluationStream, TrainingStream
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_speech_shards
 
@@ -22,9 +24,14 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         fault = self.server.faults.pop(0) if self.server.faults and self.path.endswith(".tar") else "none"
+        lost, afterwards = self.server.lost
+        if self.path.endswith(lost):
+            # Half of it comes, and from then on it is gone, refused, or nothing comes any more.
+            fault = afterwards if self.server.log.count(lost) else "break"
+            self.server.log.append(lost)
         self.server.log.append(fault)
-        if fault == "error":
-            self.send_error(503)
+        if fault in ("error", "vanish"):
+            self.send_error(503 if fault == "error" else 404)
         elif fault in ("break", "stall"):
             content = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
@@ -49,6 +56,7 @@ def server(tmp_path, monkeypatch):
     handler = lambda *args: _Handler(*args, directory=str(tmp_path))  # noqa: E731
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.faults, server.log, server.released = [], [], threading.Event()
+    server.lost = ("none", "")
     server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}/speech"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -88,6 +96,21 @@ def test_after_many_attempts_the_shard_is_an_error(server):
     with pytest.raises(UserError, match=r"503.*tried 6 times"):
         list(read_shard(f"{server.url}/speech-000001.tar"))
     assert server.log == ["error"] * 6
+
+
+@pytest.mark.parametrize("fault", ["vanish", "error", "stall"])
+def test_a_shard_that_is_lost_in_mid_read_is_skipped_from_there(server, make_spec, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(storage, "_STALL_S", 0.2)
+    source = Source(server.url, InterleaveDocuments((1, 4), (2, 6)))
+    stream = TrainingStream([source], make_spec(), rows_per_batch=2, skipped=tmp_path / "skipped.jsonl")
+    server.lost = ("speech-000001.tar", fault)
+    keys = {info.key for batch in itertools.islice(stream, 4) for info in batch.documents}
+    whole = {f"speech{number:06d}" for number in (*range(4), *range(8, 12))}
+    assert whole < keys | {"speech000004"}
+    assert "speech000007" not in keys  # it lay behind the break
+    (entry,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert (entry["shard"], entry["key"]) == (f"{server.url}/speech-000001.tar", "")
+    assert "cannot be read" in entry["reason"]
 
 
 def test_a_missing_shard_is_not_asked_for_again(server):

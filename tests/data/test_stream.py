@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.reader import ShuffledReader
 from salad_lightning.data.shard_writer import ShardWriter
@@ -145,11 +146,52 @@ def test_resumes_exactly_after_the_batch_trained_on(sources, make_spec, num_work
         assert _equal(expected, batch)
 
 
-def test_a_restore_reads_again_at_most_one_block_a_source(sources, make_spec):
-    batches = _take(_stream(sources, make_spec()), 20)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_source_leaves_the_mixture_after_its_epochs(shards, make_spec, num_workers):
+    builder = InterleaveDocuments((1, 4), (2, 6))
+    text = Source(str(shards["text"]), builder, max_epochs=2)
+    sources, spec = [Source(str(shards["speech"]), builder), text], make_spec()
+    kwargs = {"batch_size": None, "num_workers": num_workers}
+    batches = _take(DataLoader(_stream(sources, spec), **kwargs), 56)
+    counts = collections.Counter(info.key for batch in batches for info in batch.documents)
+    assert {count for key, count in counts.items() if key.startswith("text")} == {2}
+    assert sum(key.startswith("text") for key in counts) == 30
+    assert all(info.source == "speech" for batch in batches[-4:] for info in batch.documents)
+    for stop in (14, 25, 45):  # before and after it leaves
+        states = {batch.stream_state["worker"]: json.loads(json.dumps(batch.stream_state)) for batch in batches[:stop]}
+        after = (batches[stop - 1].stream_state["worker"] + 1) % max(num_workers, 1)
+        resumed = _stream(sources, spec, states=states, first_worker=after)
+        for expected, batch in zip(batches[stop:], _take(DataLoader(resumed, **kwargs), 6), strict=False):
+            assert _equal(expected, batch)
+    with pytest.raises(UserError, match="as often as it may be"):
+        _take(_stream([text], spec), 40)
+
+
+def test_a_restore_reads_again_at_most_one_block_a_source(sources, make_spec, monkeypatch):
+    """And what lies before the block in its shard, undecoded: a tar is read from its beginning."""
+    batches = _take(_stream(sources, make_spec()), 40)
     for batch in batches:
         assert len(batch.stream_state["done"]) <= 40
         assert all(0 <= cursor["taken"] <= 7 for cursor in batch.stream_state["sources"].values())
+    assert min(cursor["epoch"] for cursor in batches[-1].stream_state["sources"].values()) >= 1
+    read, decoded = collections.Counter(), collections.Counter()
+
+    def counted(path, **kwargs):
+        for raw in read_shard(path, **kwargs):
+            read[raw.key[:4]] += 1
+            yield raw
+
+    def counted_decode(raw, **kwargs):
+        decoded[raw.key] += 1
+        return decode(raw, **kwargs)
+
+    monkeypatch.setattr("salad_lightning.data.reader.read_shard", counted)
+    monkeypatch.setattr("salad_lightning.data.stream.decode", counted_decode)
+    (batch,) = _take(_stream(sources, make_spec(), states={0: batches[-1].stream_state}), 1)
+    # Beside what is drawn: a shard's beginning, and the rest of the first and of the last block.
+    for source, count in read.items():
+        assert count <= sum(decoded[key] for key in decoded if key.startswith(source)) + 10 + 2 * 7
+    assert decoded.total() <= len(batch.documents) + 40 + 4  # documents done, of this batch, and waiting
 
 
 def test_ranks_and_workers_read_different_samples(sources, make_spec):
@@ -259,6 +301,7 @@ def test_unusable_sources_are_refused(tmp_path, make_spec):
     for sources, message in (
         ([], "no source"),
         ([Source("a", builder, weight=0.0)], "weight"),
+        ([Source("a", builder, max_epochs=0)], "max_epochs"),
         ([Source("a", builder), Source("b/a", builder)], "two sources"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,0 +1,93 @@
+"""A shard of a workspace, and beside it the report by which a resumed run knows that it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salad_lightning.corpus.output_folder import sha256_of
+from salad_lightning.corpus.workspace import write_aside
+from salad_lightning.data.shard_writer import ShardWriter
+from salad_lightning.data.sources import expand_shards
+from salad_lightning.errors import UserError
+
+__all__ = ["Sample", "shards_by_name", "write_shard"]
+
+
+class Sample(NamedTuple):
+    """As `ShardWriter.write` takes it.
+
+    Attributes:
+        key: Unique in the shard.
+        record: The JSON.
+        content: Of the audio or ``.npy`` file; None for plain text.
+        extension: Of that file.
+        seconds: Of audio.
+    """
+
+    key: str
+    record: dict[str, Any]
+    content: bytes | None = None
+    extension: str = "flac"
+    seconds: float = 0.0
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    digest: str,
+    samples: Iterable[Sample],
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Write ``{folder}/{name}`` aside, move it there, and put its report beside it.
+
+    Args:
+        folder: Of the workspace.
+        name: Ends in ``.tar``.
+        digest: Of everything that decides the content.
+        samples: May be made while they are written.
+        facts: What else the report says, asked for when all samples are written.
+
+    Returns:
+        The report: digest, name, SHA-256 (empty where there was no sample, and no file is written), number of samples,
+        seconds, and the facts.
+    """
+    # A folder of this process alone: one that was killed may still be writing.
+    aside = folder / f"{name}.{os.getpid()}"
+    count, seconds, sha256 = 0, 0.0, ""
+    try:
+        with ShardWriter(aside, name.removesuffix(".tar"), samples_per_shard=0) as writer:
+            for sample in samples:
+                writer.write(sample.key, sample.record, sample.content, sample.extension)
+                count += 1
+                seconds += sample.seconds
+        if count:
+            sha256 = sha256_of(aside / name)
+            os.replace(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    report = {"digest": digest, "name": name, "sha256": sha256, "num_samples": count, "seconds": round(seconds, 3)}
+    report |= facts()
+    write_aside(folder / f"{name}.json", json.dumps(report))
+    return report
+
+
+def shards_by_name(shards: str | Sequence[str]) -> dict[str, str]:
+    """File name to path of shards that are to be written again under their names.
+
+    Raises:
+        UserError: If one is missing, or two have one name.
+    """
+    paths: dict[str, str] = {}
+    for path in expand_shards(shards):
+        name = Path(path).name
+        if name in paths:
+            raise UserError(
+                f"{paths[name]} and {path} have one name", where="shards", cure="write them into two folders"
+            )
+        paths[name] = path
+    return paths
