@@ -15,52 +15,91 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from salad_lightning.demo.arms import Arm, arm_row, arm_steps, base_steps
-from salad_lightning.demo.pipeline import run_steps
+from salad_lightning.demo.pipeline import Step, run_steps
 from salad_lightning.demo.report import environment
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 RESULTS = HERE / "results"
+STAGE1_RECIPES = ("stage1.yaml", "text_lm.yaml", "scale/mini.yaml", "scale/warmup.yaml")
+STAGE2_RECIPES = (*STAGE1_RECIPES, "stage2.yaml", "scale/mini_stage2.yaml", "scale/mini_select.yaml")
 ROOT = Path("outputs/demo")  # as the recipes name it, inside a working folder of the grid's own
 
 
+class Run(NamedTuple):
+    """A row that a study wants.
+
+    Attributes:
+        arm: Name and seed of the row, and where its result lies.
+        steps: All that has to be done, of which other runs may have done some.
+        world: Seed of the miniature world, which has a working folder of its own.
+    """
+
+    arm: Arm
+    steps: list[Step]
+    world: int = 0
+
+
 def run_grid(study: str, arms: Sequence[Arm], *, budget_minutes: float, lanes: int = 2) -> list[dict[str, Any]]:
-    """Run the arms that have no row yet, in order, until the budget is spent; an arm that has begun is finished.
+    """Run Stage I arms on the demo's world; see `run_all`."""
+    base = base_steps(RECIPES, ROOT)
+    runs = [Run(arm, [*base, *arm_steps(arm, RECIPES, ROOT)]) for arm in arms]
+    return run_all(study, runs, recipes=STAGE1_RECIPES, budget_minutes=budget_minutes, lanes=lanes)
+
+
+def run_all(
+    study: str,
+    runs: Sequence[Run],
+    *,
+    recipes: Sequence[str],
+    budget_minutes: float,
+    lanes: int = 2,
+    batch: int | None = None,
+    figures: Callable[[Run, Path], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Do the runs that have no row yet, in order, until the budget is spent; a run that has begun is finished.
 
     Args:
         study: Name of the results file.
-        arms: All arms of the grid; put the whole grid of a seed before the next seed.
+        runs: The whole grid; put all arms of a seed before the next seed.
+        recipes: Those that decide a run; a change of one makes new rows.
         budget_minutes: Wall-clock minutes for this sitting.
-        lanes: Arms at a time, one thread each.
+        lanes: Commands at a time, one thread each.
+        batch: Runs of one world begun together; ``lanes`` by default.
+        figures: What a row tells beside `arm_row`, of a run and its world's folder.
 
     Returns:
-        The rows of these arms that exist now.
+        The rows of these runs that exist now.
     """
     deadline = time.monotonic() + 60 * budget_minutes
-    work = HERE.parent / "outputs" / "bench"
-    work.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{study}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    fingerprint = recipe_fingerprint()
-    todo = [arm for arm in arms if _find(read_rows(study), arm, fingerprint) is None]
-    base = base_steps(RECIPES, ROOT)
+    fingerprint = recipe_fingerprint(recipes)
+    todo = [run for run in runs if _find(read_rows(study), run, fingerprint) is None]
     while todo and time.monotonic() < deadline:
-        now, todo = todo[:lanes], todo[lanes:]
-        steps = {step.name: step for step in base}
-        for arm in now:
-            steps |= {step.name: step for step in arm_steps(arm, RECIPES, ROOT)}
+        now = [run for run in todo if run.world == todo[0].world][: batch or lanes]
+        todo = [run for run in todo if run not in now]
+        work = work_folder(now[0].world)
+        work.mkdir(parents=True, exist_ok=True)
+        steps = {step.name: step for run in now for step in run.steps}
         run_steps(list(steps.values()), work, lanes=lanes)
         with path.open("a") as file:
-            for arm in now:
-                row = {"study": study, **arm_row(arm, work / ROOT), **provenance(), "recipes": fingerprint}
-                file.write(json.dumps(row | {"overrides": list(arm.overrides)}) + "\n")
+            for run in now:
+                row = {"study": study, "world": run.world, **arm_row(run.arm, work / ROOT)}
+                row |= {**(figures(run, work / ROOT) if figures else {}), **provenance(), "recipes": fingerprint}
+                file.write(json.dumps(row | {"overrides": list(run.arm.overrides)}) + "\n")
     if todo:
-        print(f"{study}: {len(todo)} of {len(arms)} runs are left for another sitting")
-    found = (_find(read_rows(study), arm, fingerprint) for arm in arms)
+        print(f"{study}: {len(todo)} of {len(runs)} runs are left for another sitting")
+    found = (_find(read_rows(study), run, fingerprint) for run in runs)
     return [row for row in found if row is not None]
+
+
+def work_folder(world: int) -> Path:
+    """Where everything of a world lies."""
+    return HERE.parent / "outputs" / ("bench" if world == 0 else f"bench-world-{world}")
 
 
 def read_rows(study: str) -> list[dict[str, Any]]:
@@ -69,9 +108,8 @@ def read_rows(study: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def recipe_fingerprint() -> str:
+def recipe_fingerprint(names: Sequence[str]) -> str:
     """Of the recipes that decide a run of the grid."""
-    names = ("stage1.yaml", "text_lm.yaml", "scale/mini.yaml", "scale/warmup.yaml")
     return hashlib.sha256(b"\0".join((RECIPES / name).read_bytes() for name in names)).hexdigest()[:12]
 
 
@@ -109,8 +147,9 @@ def markdown(table: dict[str, dict[str, tuple[float, float, int]]]) -> str:
     return "\n".join(lines)
 
 
-def _find(rows: list[dict[str, Any]], arm: Arm, fingerprint: str) -> dict[str, Any] | None:
+def _find(rows: list[dict[str, Any]], run: Run, fingerprint: str) -> dict[str, Any] | None:
+    wanted = (run.arm.name, run.arm.seed, run.world, fingerprint)
     for row in rows:
-        if (row["name"], row["seed"], row["recipes"]) == (arm.name, arm.seed, fingerprint):
+        if (row["name"], row["seed"], row.get("world", 0), row["recipes"]) == wanted:
             return row
     return None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-STUDIES = ("objectives", "connectors")
+STUDIES = ("objectives", "connectors", "stage2", "trap", "scaling")
 
 
 def main() -> int:

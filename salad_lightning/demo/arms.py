@@ -137,7 +137,7 @@ def arm_row(arm: Arm, root: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": arm.name, "seed": arm.seed}
     for figure in figures:
         row[figure] = _by_coverage(results["questions"]["groups"][figure], heard)
-    for control in ("muted", "shuffled"):
+    for control in results.keys() & {"muted", "shuffled"}:
         row[f"{control}_speech_accuracy"] = _by_coverage(results[control]["groups"]["speech_accuracy"], heard)
     row |= {
         "train_seconds": fit["seconds"],

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from salad_lightning.demo.arms import Arm, arm_row, learning_curve
-from salad_lightning.demo.stage2 import SELECTED, STAGE2_ARMS, selection_of
+from salad_lightning.demo.stage2 import STAGE2_ARMS, selection_of
 
 __all__ = ["environment", "plot_selection", "write_report"]
 
@@ -26,6 +26,7 @@ _SHORT = {
     "stage2_uniform": "II: uniform",
     "stage1_more": "more of I",
 }
+_SELECTIONS = {arm.name: arm.selection.name for arm in STAGE2_ARMS if arm.selection}
 _DECAY_FRACTION = 0.2  # of recipes/stage1.yaml
 _PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "webdataset", "jsonargparse", "salad-lightning")
 _LABELS = {
@@ -74,7 +75,7 @@ def write_report(arms: list[Arm], root: Path) -> dict[str, Any]:
 
 def _row(arm: Arm, root: Path) -> dict[str, Any]:
     row = arm_row(arm, root)
-    return row | {"selection": selection_of(arm.name, root)} if arm.name in SELECTED else row
+    return row | {"selection": selection_of(_SELECTIONS[arm.name], root)} if arm.name in _SELECTIONS else row
 
 
 def _plot_gap(rows: list[dict[str, Any]], order: list[str], shares: dict[str, float], path: Path) -> None:
@@ -131,7 +132,7 @@ def _plot_curves(arms: list[Arm], root: Path, path: Path) -> None:
 
 def _tokens_before(arm: Arm, arms: list[Arm], root: Path) -> float:
     """Tokens that an arm's first checkpoint had seen: what goes on from Stage I begins where its decay began."""
-    if arm.name not in STAGE2_ARMS:
+    if arm.name not in {other.name for other in STAGE2_ARMS}:
         return 0.0
     first = root / f"{arms[0].name}-{arms[0].seed}"
     fit = json.loads((first / "fit.json").read_text())
@@ -141,7 +142,7 @@ def _tokens_before(arm: Arm, arms: list[Arm], root: Path) -> float:
 def plot_selection(root: Path, order: list[str], path: Path) -> None:
     """What was chosen and why: M, web and target share of each cluster; seconds of each domain, active and uniform."""
     clusters = sorted(
-        (c for c in selection_of("stage2_active", root).values() if c["misalignment"] is not None),
+        (c for c in selection_of("active", root).values() if c["misalignment"] is not None),
         key=lambda c: -float(c["misalignment"]),
     )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
@@ -153,9 +154,9 @@ def plot_selection(root: Path, order: list[str], path: Path) -> None:
     second.plot(at, [c["misalignment"] for c in clusters], color="tab:red", marker=".", label="M(c)")
     second.set_ylabel("M(c), nats per token", color="tab:red")
     left.legend(fontsize=8, loc="upper center")
-    for number, name in enumerate(SELECTED):
+    for number, (name, selection) in enumerate(_SELECTIONS.items()):
         seconds = dict.fromkeys(order, 0.0)
-        for row in map(json.loads, _lines(root / f"selection_{name.removeprefix('stage2_')}" / "manifest.jsonl")):
+        for row in map(json.loads, _lines(root / f"selection_{selection}" / "manifest.jsonl")):
             seconds[row["domain"]] += row["estimated_seconds"]
         right.bar([x + 0.4 * number for x in range(len(order))], seconds.values(), 0.4, label=_LABELS[name])
     right.set_xticks([x + 0.2 for x in range(len(order))], order, rotation=40, ha="right", fontsize=8)

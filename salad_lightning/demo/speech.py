@@ -107,16 +107,19 @@ def draw_voice(split: str, rng: random.Random) -> VoiceSetting:
     return VoiceSetting(voice, rng.randint(*_RATES_WPM), rng.randint(*_PITCHES))
 
 
-def natural_speech(world: World, num_utterances: int, *, seed: int) -> list[Utterance]:
+def natural_speech(
+    world: World, num_utterances: int, *, seed: int, shares: dict[str, float] | None = None
+) -> list[Utterance]:
     """The speech heard in training: documents of the train facts, domains covered as the world says.
 
     Args:
         world: What there is to talk about.
         num_utterances: How many documents are spoken; one is about 3 s.
         seed: Of the draw.
+        shares: Of the domains by name; the world's by default.
     """
     rng = random.Random(f"voices/{seed}")
-    shares = {domain.name: domain.speech_share for domain in world.domains}
+    shares = shares or {domain.name: domain.speech_share for domain in world.domains}
     documents = world.documents(num_utterances, seed=seed, spoken=True, shares=shares)
     return [
         Utterance(f"train-{index:06d}", text, draw_voice("train", rng), {"domain": domain})

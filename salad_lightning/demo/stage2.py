@@ -1,9 +1,11 @@
-"""Stage II in miniature: select, speak, encode, train on from Stage I's pre-decay checkpoint; two controls."""
+"""Stage II in miniature: select, speak, encode, train on from Stage I's pre-decay checkpoint; and its controls."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,109 +14,151 @@ import yaml
 from salad_lightning.demo.arms import Arm, cli
 from salad_lightning.demo.pipeline import Step
 
-__all__ = ["SELECTED", "STAGE2_ARMS", "selection_of", "stage2_steps"]
+__all__ = ["STAGE2_ARMS", "Selection", "Stage2Arm", "selection_of", "stage2_steps"]
 
-STAGE2_ARMS = ("stage2_active", "stage2_uniform", "stage1_more")
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of text and its speech.
+
+    Attributes:
+        name: Of its folder and its shards.
+        overrides: Options of ``select``.
+        synthesizer: Who speaks what was chosen; by default the built-in one.
+        voices: Its arguments; by default those that speak the probes.
+        scored: Names the steps that selections share which differ in their draw alone.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    synthesizer: str = ""
+    voices: tuple[dict[str, Any], ...] = ()
+    scored: str = "selection"
+
+
+@dataclass(frozen=True)
+class Stage2Arm:
+    """A run from the pre-decay checkpoint with the learning rate falling to 0.
+
+    Attributes:
+        name: Of the arm.
+        selection: What is spoken of the recipe's active third; None for an arm without synthetic speech.
+        weights: Of the natural speech and of the text, where that third is theirs; the recipe's by default.
+    """
+
+    name: str
+    selection: Selection | None = None
+    weights: tuple[float, float] = (1.0, 1.0)
+
+
+STAGE2_ARMS = (
+    Stage2Arm("stage2_active", Selection("active")),
+    Stage2Arm("stage2_uniform", Selection("uniform", ("--draw.gamma=0",))),
+    # The two thirds of speech that Stage I had are natural here too.
+    Stage2Arm("stage1_more", weights=(2.0, 1.0)),
+)
 """γ of the paper; γ = 0; and as many more steps of Stage I's own mixture at the same learning rates."""
 
-SELECTED = STAGE2_ARMS[:2]
-"""Those with a selection of their own."""
 
-_GAMMAS = {"active": None, "uniform": 0}  # None: the recipe's
-
-
-def stage2_steps(recipes: Path, root: Path, stage1: Arm) -> list[Step]:
-    """Everything from the pre-decay checkpoint of a Stage I arm to three tested models.
+def stage2_steps(
+    recipes: Path, root: Path, stage1: Arm, arms: Sequence[Stage2Arm] = STAGE2_ARMS, *, world_seed: int = 0
+) -> list[Step]:
+    """Everything from the pre-decay checkpoint of a Stage I arm to tested models.
 
     Args:
         recipes: The project's recipe folder.
         root: Where to, as the commands are to name it.
         stage1: The arm to go on from; its seed is that of all that follows.
+        arms: What to train; the first with a selection makes what the others' draws share.
+        world_seed: Of the world.
     """
-    before = f"{stage1.name}-{stage1.seed}"
-    select, mini = recipes / "scale" / "mini_select.yaml", recipes / "scale" / "mini.yaml"
-    checkpoint = root / before / "checkpoints" / "pre_decay.ckpt"
-    recognizer = [sys.executable, "-m", "salad_lightning.demo.build", "recognizer", "--root", str(root)]
-    steps = [Step("recognizer", recognizer, weight=1)]
-    for name, gamma in _GAMMAS.items():
-        output = root / f"selection_{name}"
-        options = [f"--score.checkpoint={checkpoint}", f"--output={output}", f"--draw.seed={stage1.seed}"]
-        options += [] if gamma is None else [f"--draw.gamma={gamma}"]
-        shards = root / "shards" / name
-        voices = [word for voice in _voices(select) for word in ("--voice", json.dumps(voice))]
-        steps += [
-            Step(
-                f"select-{name}",
-                [*cli("select"), "--config", str(select), *options],
-                (before, "text", "recognizer", "prepare-speech_train"),
-                (select,),
-                weight=8,
-            ),
-            Step(
-                f"synthesize-{name}",
-                [
-                    *cli("synthesize"), "--manifest", str(output / "manifest.jsonl"), "--output", str(shards),
-                    "--sample-rate", "16000", *voices, "--overwrite",
-                ],
-                (f"select-{name}",),
-                weight=8,
-            ),
-            Step(
-                f"encode-{name}",
-                [*cli("encode"), str(shards), "--output", f"{shards}_encoded", "--config", str(mini), "--overwrite"],
-                (f"synthesize-{name}", "encoder"),
-                (mini,),
-                weight=8,
-            ),
-        ]  # fmt: skip
-    configs = (recipes / "stage2.yaml", mini, recipes / "scale" / "mini_stage2.yaml")
-    sources = _train_sources(configs[-1], root)
-    mixtures = {
-        "stage2_active": sources,
-        "stage2_uniform": [_renamed(source, "active", "uniform", root) for source in sources],
-        # The two thirds of speech that Stage I had are natural here too.
-        "stage1_more": [{**source, "weight": 2.0 if source["name"] == "natural" else source["weight"]}
-                        for source in sources if source["name"] != "active"],
-    }  # fmt: skip
-    for name in STAGE2_ARMS:
-        spoken = name.removeprefix("stage2_")
-        after = (before, "prepare-speech_val", *([f"encode-{spoken}"] if spoken in _GAMMAS else []))
-        folder = root / f"{name}-{stage1.seed}"
-        shared = [word for path in configs for word in ("--config", str(path))]
-        shared += [f"--data.init_args.train={json.dumps(mixtures[name])}", f"--trainer.default_root_dir={folder}"]
-        seed = [f"--seed_everything={stage1.seed}", f"--data.init_args.seed={stage1.seed + 1}"]
-        start = f"--model.init_args.init_from={checkpoint}"
-        steps += [
-            Step(f"{name}-{stage1.seed}", [*cli("fit"), *shared, *seed, start], after, configs, weight=6),
-            Step(
-                f"test-{name}-{stage1.seed}",
-                [*cli("test"), *shared, f"--ckpt_path={folder / 'checkpoints' / 'final.ckpt'}"],
-                (f"{name}-{stage1.seed}", "prepare-speech_test"),
-                configs,
-            ),
-        ]
-    return steps
+    build = [sys.executable, "-m", "salad_lightning.demo.build", "recognizer", "--root", str(root)]
+    steps = [Step("recognizer", [*build, "--seed", str(world_seed)], weight=1)]
+    first: dict[str, str] = {}
+    for arm in arms:
+        if arm.selection is not None:
+            steps += _selection_steps(arm.selection, recipes, root, stage1, first.get(arm.selection.scored))
+            first.setdefault(arm.selection.scored, f"select-{arm.selection.name}")
+        steps += _training_steps(arm, recipes, root, stage1)
+    return list({step.name: step for step in steps}.values())
 
 
 def selection_of(name: str, root: Path) -> dict[str, dict[str, Any]]:
-    """Cluster → ``web``, ``misalignment``, ``target``, ``texts``, ``seconds`` of an arm's selection."""
-    path = root / f"selection_{name.removeprefix('stage2_')}" / "selection.json"
-    content: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    """Cluster → ``web``, ``misalignment``, ``target``, ``texts``, ``seconds`` of a selection."""
+    content: dict[str, dict[str, Any]] = json.loads((_selected(name, root) / "selection.json").read_text())
     return content
 
 
-def _voices(recipe: Path) -> list[dict[str, Any]]:
-    """Those that speak the probes: what is chosen is said by the same ones."""
-    voices: list[dict[str, Any]] = yaml.safe_load(recipe.read_text())["probe"]["voices"]
-    return voices
+def _selected(name: str, root: Path) -> Path:
+    return root / f"selection_{name}"
 
 
-def _train_sources(recipe: Path, root: Path) -> list[dict[str, Any]]:
-    sources: list[dict[str, Any]] = yaml.safe_load(recipe.read_text())["data"]["init_args"]["train"]
-    return [{**source, "shards": str(root / "shards" / Path(source["shards"]).name)} for source in sources]
+def _pre_decay(stage1: Arm, root: Path) -> Path:
+    return root / f"{stage1.name}-{stage1.seed}" / "checkpoints" / "pre_decay.ckpt"
 
 
-def _renamed(source: dict[str, Any], old: str, new: str, root: Path) -> dict[str, Any]:
-    if source["name"] != old:
-        return source
-    return {**source, "name": new, "shards": str(root / "shards" / f"{new}_encoded")}
+def _selection_steps(selection: Selection, recipes: Path, root: Path, stage1: Arm, first: str | None) -> list[Step]:
+    select, mini = recipes / "scale" / "mini_select.yaml", recipes / "scale" / "mini.yaml"
+    name, shards = selection.name, root / "shards" / selection.name
+    options = [
+        f"--score.checkpoint={_pre_decay(stage1, root)}", f"--output={_selected(name, root)}",
+        f"--steps={root / f'{selection.scored}_steps-{stage1.seed}'}", f"--draw.seed={stage1.seed}",
+    ]  # fmt: skip
+    # What is chosen is said by the voices that speak the probes.
+    voices = selection.voices or yaml.safe_load(select.read_text())["probe"]["voices"]
+    spoken_by = ["--synthesizer", selection.synthesizer] if selection.synthesizer else []
+    spoken_by += [word for voice in voices for word in ("--voice", json.dumps(voice))]
+    after = (f"{stage1.name}-{stage1.seed}", "text", "recognizer", "prepare-speech_train", *([first] if first else []))
+    return [
+        Step(
+            f"select-{name}",
+            [*cli("select"), "--config", str(select), *options, *selection.overrides],
+            after,
+            (select,),
+            weight=8,
+        ),
+        Step(
+            f"synthesize-{name}",
+            [
+                *cli("synthesize"), "--manifest", str(_selected(name, root) / "manifest.jsonl"),
+                "--output", str(shards), "--sample-rate", "16000", *spoken_by, "--overwrite",
+            ],
+            (f"select-{name}",),
+            weight=8,
+        ),
+        Step(
+            f"encode-{name}",
+            [*cli("encode"), str(shards), "--output", f"{shards}_encoded", "--config", str(mini), "--overwrite"],
+            (f"synthesize-{name}", "encoder"),
+            (mini,),
+            weight=8,
+        ),
+    ]  # fmt: skip
+
+
+def _training_steps(arm: Stage2Arm, recipes: Path, root: Path, stage1: Arm) -> list[Step]:
+    configs = (recipes / "stage2.yaml", recipes / "scale" / "mini.yaml", recipes / "scale" / "mini_stage2.yaml")
+    name, before = f"{arm.name}-{stage1.seed}", f"{stage1.name}-{stage1.seed}"
+    after = (before, "prepare-speech_val", *([f"encode-{arm.selection.name}"] if arm.selection else []))
+    folder = root / name
+    shared = [word for path in configs for word in ("--config", str(path))]
+    sources = json.dumps(_sources(arm, configs[-1], root))
+    shared += [f"--data.init_args.train={sources}", f"--trainer.default_root_dir={folder}"]
+    seed = [f"--seed_everything={stage1.seed}", f"--data.init_args.seed={stage1.seed + 1}"]
+    start = f"--model.init_args.init_from={_pre_decay(stage1, root)}"
+    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'final.ckpt'}"
+    return [
+        Step(name, [*cli("fit"), *shared, *seed, start], after, configs, weight=6),
+        Step(f"test-{name}", [*cli("test"), *shared, checkpoint], (name, "prepare-speech_test"), configs),
+    ]
+
+
+def _sources(arm: Stage2Arm, recipe: Path, root: Path) -> list[dict[str, Any]]:
+    """The recipe's, with shards under ``root`` and the arm's own in the place of the active third."""
+    natural, active, text = yaml.safe_load(recipe.read_text())["data"]["init_args"]["train"]
+    natural, text = natural | {"weight": arm.weights[0]}, text | {"weight": arm.weights[1]}
+    sources = [{**source, "shards": str(root / "shards" / Path(source["shards"]).name)} for source in (natural, text)]
+    if arm.selection is not None:
+        own = f"{arm.selection.name}_encoded"
+        sources.insert(1, {**active, "name": arm.selection.name, "shards": str(root / "shards" / own)})
+    return sources

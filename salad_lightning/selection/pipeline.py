@@ -50,28 +50,28 @@ def select(settings: SelectionSettings) -> Path:
         raise UserError(
             "a cluster needs a text to be scored by", where="probe.texts_per_cluster", cure="give 1 or more"
         )
-    output = Path(settings.output)
+    steps = Path(settings.steps or settings.output)
 
     made_of = {"files": fingerprint(corpus_files(settings.texts.paths)), **_stated(settings.texts)}
     made_of.pop("paths")
-    texts = run_step(output, "texts", made_of, lambda folder: read_corpus(settings.texts, folder))
+    texts = run_step(steps, "texts", made_of, lambda folder: read_corpus(settings.texts, folder))
     corpus = TextCorpus(texts)
 
     inputs = {"after": texts.name, "model": fingerprint([settings.embed.encoder]), **_stated(settings.embed)}
-    embedded = run_step(output, "embed", inputs, lambda folder: embed(corpus, settings.embed, folder))
+    embedded = run_step(steps, "embed", inputs, lambda folder: embed(corpus, settings.embed, folder))
 
     inputs = {"after": embedded.name, **_stated(settings.cluster)}
     vectors = Vectors(embedded / "embeddings.npy")
-    clustered = run_step(output, "cluster", inputs, lambda folder: cluster(vectors, settings.cluster, folder))
+    clustered = run_step(steps, "cluster", inputs, lambda folder: cluster(vectors, settings.cluster, folder))
     labels: NDArray[np.int32] = np.load(clustered / "labels.npy")
 
     inputs = {"after": clustered.name, **_stated(settings.probe)}
-    probed = run_step(output, "probe", inputs, lambda folder: probe(corpus, labels, settings.probe, folder))
+    probed = run_step(steps, "probe", inputs, lambda folder: probe(corpus, labels, settings.probe, folder))
 
     models = [settings.score.checkpoint, *([settings.score.recognizer] if settings.score.recognizer else [])]
     inputs = {"after": probed.name, "models": fingerprint(models), **_stated(settings.score)}
     scored = run_step(
-        output,
+        steps,
         "score",
         inputs,
         lambda folder: score(
@@ -86,7 +86,9 @@ def select(settings: SelectionSettings) -> Path:
         shares = draw(corpus, labels, scores, settings.draw, folder)
         write_report(corpus, labels, scores, shares, folder)
 
-    drawn = run_step(output, "draw", inputs, choose)
+    drawn = run_step(steps, "draw", inputs, choose)
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
     for name in _RESULTS:  # at a place that the next command can name
         aside = output / f".{name}.part"
         shutil.copyfile(drawn / name, aside)

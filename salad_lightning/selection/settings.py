@@ -161,7 +161,9 @@ class SelectionSettings:
         embed: Sentence embeddings.
         cluster: Balanced k-means.
         probe: Speech of a few texts a cluster.
-        output: Folder for all artefacts.
+        output: Folder for the manifest and its report.
+        steps: Folder for the results of the steps, which selections that differ in their draw share; by default
+            ``output``. One selection at a time.
     """
 
     texts: TextSettings
@@ -171,3 +173,4 @@ class SelectionSettings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     output: str = "outputs/selection"
+    steps: str | None = None

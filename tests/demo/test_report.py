@@ -79,7 +79,8 @@ def test_stage_two_is_reported_with_what_was_selected(root, capsys):
         "0": {"web": 0.5, "misalignment": 1.5, "target": 0.9, "texts": 9, "seconds": 30.0},
         "1": {"web": 0.5, "misalignment": None, "target": 0.0, "texts": 0, "seconds": 0.0},
     }
-    for name in STAGE2_ARMS:
+    names = [arm.name for arm in STAGE2_ARMS]
+    for name in names:
         folder = root / f"{name}-0"
         folder.mkdir()
         for file in ("test.json", "fit.json"):
@@ -89,7 +90,7 @@ def test_stage_two_is_reported_with_what_was_selected(root, capsys):
         folder.mkdir()
         (folder / "selection.json").write_text(json.dumps(clusters))
         (folder / "manifest.jsonl").write_text(json.dumps({"domain": "laws", "estimated_seconds": 30.0}) + "\n")
-    report = write_report([Arm("stage1_kl"), *(Arm(name) for name in STAGE2_ARMS)], root)
+    report = write_report([Arm("stage1_kl"), *(Arm(name) for name in names)], root)
     selections = {row["name"]: row.get("selection") for row in report["arms"]}
     assert selections["stage2_active"] == selections["stage2_uniform"] == clusters
     assert selections["stage1_more"] is selections["stage1_kl"] is None
@@ -106,7 +107,7 @@ def test_stage_two_stands_on_stage_one_and_differs_in_its_data_alone(root, reque
         assert set(step.after) <= set(steps)
         assert all(path.is_file() for path in step.reads)
     trains = {}
-    for name in STAGE2_ARMS:
+    for name in (arm.name for arm in STAGE2_ARMS):
         command = steps[f"{name}-0"].command
         (train,) = (word for word in command if word.startswith("--data.init_args.train="))
         trains[name] = json.loads(train.partition("=")[2])
