@@ -33,6 +33,7 @@ __all__ = [
     "Voicing",
     "read_manifest",
     "say",
+    "spoken_digits",
     "write_encoder",
     "write_llm_config",
     "write_speech",
@@ -141,15 +142,19 @@ def write_encoder(data: Path, left_out: str, folder: Path, *, steps: int, num_cl
         num_clips: Synthetic clips.
         seed: Of voices, weights and order.
     """
+    human = [clips for speaker, clips in spoken_digits(data).items() if speaker != left_out]
+    encoder, _, loss = train_recognition(human, synthetic_digits(num_clips, seed=seed), steps=steps, seed=seed)
+    encoder.save_pretrained(folder)
+    print(f"encoder that has not heard {left_out}: CTC loss {loss:.3f}")
+
+
+def spoken_digits(data: Path) -> dict[str, list[Spoken]]:
+    """Speaker to recordings, trimmed."""
     human: dict[str, list[Spoken]] = {}
     for recording in read_manifest(data):
-        if recording.speaker != left_out:
-            clip = decode_audio(_read(recording.path), SAMPLE_RATE_HZ, str(recording.path))[0]
-            human.setdefault(recording.speaker, []).append((trimmed(clip), recording.digit))
-    loss = train_recognition(
-        folder, list(human.values()), synthetic_digits(num_clips, seed=seed), steps=steps, seed=seed
-    )
-    print(f"encoder that has not heard {left_out}: CTC loss {loss:.3f}")
+        clip = decode_audio(_read(recording.path), SAMPLE_RATE_HZ, str(recording.path))[0]
+        human.setdefault(recording.speaker, []).append((trimmed(clip), recording.digit))
+    return human
 
 
 def write_text(output: Path, *, num_items: int, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from salad_lightning.data.audio import resample
 from salad_lightning.demo.speech import draw_voice
 from salad_lightning.synthesizers.espeak import EspeakSynthesizer
 
-__all__ = ["Spoken", "synthetic_digits", "train_recognition", "trimmed"]
+__all__ = ["Recognition", "Spoken", "share_recognized", "synthetic_digits", "train_recognition", "trimmed"]
 
 Spoken = tuple[NDArray[np.float32], int]
 """``[L]`` audio at 16 kHz and the digit it says."""
@@ -41,8 +41,15 @@ def synthetic_digits(count: int, *, seed: int) -> list[list[Spoken]]:
     return voices
 
 
+class Recognition(NamedTuple):
+    """A trained encoder with the head it was trained by."""
+
+    encoder: ClipConvEncoder
+    head: nn.Linear
+    loss: float
+
+
 def train_recognition(
-    folder: str | Path,
     human: Sequence[Sequence[Spoken]],
     synthetic: Sequence[Sequence[Spoken]],
     *,
@@ -50,20 +57,16 @@ def train_recognition(
     seed: int,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
-) -> float:
-    """Train a `ClipConvEncoder` to tell strings of one to three digits of one voice, and save it.
+) -> Recognition:
+    """Train a `ClipConvEncoder` to tell strings of one to three digits of one voice.
 
     Args:
-        folder: Where to.
-        human: Clips by speaker.
+        human: Clips by speaker; may be none.
         synthetic: Clips by voice.
         steps: Optimiser steps.
         seed: Of weights and order.
         batch_size: Strings in a step, a quarter of them human: the synthetic voices are many, the human ones few.
         learning_rate: Peak.
-
-    Returns:
-        Loss at the end.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -79,7 +82,7 @@ def train_recognition(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     loss = torch.zeros(())
     for _ in range(steps):
-        strings = [_string(spectra[int(row % 4 > 0)], rng) for row in range(batch_size)]
+        strings = [_string(spectra[int(row % 4 > 0 or not human)], rng) for row in range(batch_size)]
         frames, lengths = _batch([spectrum for spectrum, _ in strings], banks, rng)
         hidden = encoder.frames(frames, lengths)
         log_probabilities = head(F.dropout(hidden, 0.3)).log_softmax(-1).transpose(0, 1)
@@ -93,8 +96,25 @@ def train_recognition(
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         schedule.step()
-    encoder.save_pretrained(folder)
-    return loss.item()
+    return Recognition(encoder, head, loss.item())
+
+
+@torch.no_grad()
+def share_recognized(recognition: Recognition, clips: Sequence[Spoken]) -> float:
+    """Share of single digits that the head gives the highest CTC likelihood."""
+    recognition.encoder.eval()
+    spectra = [power_frames(torch.from_numpy(clip)[None])[0] for clip, _ in clips]
+    lengths = torch.tensor([len(spectrum) for spectrum in spectra])
+    mel = nn.utils.rnn.pad_sequence(spectra, batch_first=True) @ filter_bank()
+    hidden = recognition.encoder.frames(ClipConvEncoder.normalise(mel, lengths), lengths)
+    scores = recognition.head(hidden).log_softmax(-1).transpose(0, 1)
+    ones = torch.ones(len(clips), dtype=torch.long)
+    losses = [
+        F.ctc_loss(scores, ones[:, None] * (digit + 1), (lengths + 7) // 8, ones, reduction="none")
+        for digit in range(len(DIGITS))
+    ]
+    found = torch.stack(losses).argmin(0)
+    return (found == torch.tensor([digit for _, digit in clips])).float().mean().item()
 
 
 def trimmed(clip: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -65,10 +65,11 @@ def runs(seeds: int, worlds: Sequence[int], grid: Sequence[tuple[float, float]],
             arms = [*CONTROLS[: 1 + text_more], *(stage2_arm(gamma, share, seed) for gamma, share in grid)]
             found.append(Run(stage1, base, world))
             for arm in arms:
-                steps = stage2_steps(RECIPES, ROOT, stage1, [first, arm] if arm.selection else [arm], world_seed=world)
-                if arm != first:  # of which only the scores are needed
-                    others = [step for step in steps if step.name.endswith(f"{first.name}-{seed}")]
-                    steps = [step for step in steps if step not in others or step.name.startswith("select")]
+                other = arm.selection is not None and arm != first
+                steps = stage2_steps(RECIPES, ROOT, stage1, [first, arm] if other else [arm], world_seed=world)
+                if other:  # only the scores of the first are needed
+                    its = [step for step in steps if step.name.endswith(f"{first.name}-{seed}")]
+                    steps = [step for step in steps if step not in its or step.name.startswith("select")]
                 found.append(Run(Arm(arm.name, seed=seed), [*base, *steps], world))
     return found
 

@@ -86,6 +86,13 @@ def test_only_what_has_changed_runs_again(settings, write, capsys):
     assert (output / "manifest.jsonl").read_bytes() != first
     shares = [s for s in json.loads((output / "selection.json").read_text()).values() if s["misalignment"] is not None]
     assert {share["target"] for share in shares} == {0.5}  # γ = 0 is uniform
+    # Another selection of the same steps, beside this one.
+    uniform = (output / "manifest.jsonl").read_bytes()
+    other = output.with_name("other")
+    select(path, f"--output={other}", f"--steps={output}")
+    assert (other / "manifest.jsonl").read_bytes() == first
+    assert (output / "manifest.jsonl").read_bytes() == uniform
+    assert {folder.name for folder in output.glob("*-*") if folder.is_dir()} == set(again)
     # The same seed chooses the same, whatever is still there.
     shutil.rmtree(output)
     select(path)
