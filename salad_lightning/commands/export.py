@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llm-only", action="store_true", help="write the adapted language model alone, for use with text"
     )
+    parser.add_argument(
+        "--keep-adapters",
+        action="store_true",
+        help="write LoRA alone, in peft's format, with the name of the LLM it belongs to (default: merge it)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     quieten()
     check_target(args.folder)  # before minutes of loading
-    module, settings, step = trained_module(str(args.checkpoint))
+    module, settings, step = trained_module(str(args.checkpoint), keep_adapters=args.keep_adapters)
     card = model_card(
         args.folder.resolve().name,
         settings,

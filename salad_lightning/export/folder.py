@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
 from salad_lightning.export.config import SaladConfig
-from salad_lightning.export.modeling import SaladForConditionalGeneration
+from salad_lightning.export.modeling import SaladForConditionalGeneration, save_language_model
 from salad_lightning.export.parts import copy_folders
 from salad_lightning.export.processor import SaladProcessor
 from salad_lightning.model.llm import LanguageModel
@@ -85,7 +85,7 @@ def save_llm(llm: LanguageModel, folder: str | Path, *, tokenizer: PreTrainedTok
         UserError: If ``folder`` holds something.
     """
     with _aside(Path(folder)) as aside:
-        llm.hf.save_pretrained(aside)
+        save_language_model(llm, aside)
         tokenizer.save_pretrained(aside)
         (aside / _CARD).write_text(card, encoding="utf-8")
 

@@ -17,17 +17,24 @@ from salad_lightning.batch import Prediction, SpeechBatch
 from salad_lightning.errors import UserError
 from salad_lightning.export.config import SaladConfig
 from salad_lightning.export.parts import build_parts
-from salad_lightning.model.llm import load_language_model, load_tokenizer
+from salad_lightning.model.adapters import has_adapters, save_adapters
+from salad_lightning.model.llm import ADAPTERS, LanguageModel, load_language_model, load_tokenizer
 from salad_lightning.model.speech_llm import SpeechLLM
 from salad_lightning.projection import logits
 
-__all__ = ["LLM_FOLDER", "SaladForConditionalGeneration", "find_export"]
+__all__ = ["LLM_FOLDER", "SaladForConditionalGeneration", "find_export", "save_language_model"]
 
 LLM_FOLDER = "llm"
 """Inside an export: the language model and its tokenizer, which `AutoModelForCausalLM` loads alone."""
 
 _WEIGHTS = "speech.safetensors"
-_NEEDED = ("config.json", _WEIGHTS, f"{LLM_FOLDER}/config.json", f"{LLM_FOLDER}/tokenizer.json")
+# Of each line one.
+_NEEDED = (
+    ("config.json",),
+    (_WEIGHTS,),
+    (f"{LLM_FOLDER}/config.json", f"{LLM_FOLDER}/{ADAPTERS}"),
+    (f"{LLM_FOLDER}/tokenizer.json",),
+)
 # What `from_pretrained` of other models takes, and would be a lie to take in silence.
 _REFUSED = ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit", "output_loading_info", "state_dict")
 
@@ -77,7 +84,7 @@ class SaladForConditionalGeneration(PreTrainedModel):  # type: ignore[no-untyped
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
-        self.speech_llm.llm.hf.save_pretrained(folder / LLM_FOLDER)
+        save_language_model(self.speech_llm.llm, folder / LLM_FOLDER)
         # Cloned: the format refuses tensors that share memory.
         tensors = {name: value.detach().clone().contiguous() for name, value in _trained(self.speech_llm).items()}
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -124,6 +131,14 @@ class SaladForConditionalGeneration(PreTrainedModel):  # type: ignore[no-untyped
         return model
 
 
+def save_language_model(llm: LanguageModel, folder: Path) -> None:
+    """Write a language model as `AutoModelForCausalLM` reads it; where it has adapters, these alone."""
+    if has_adapters(llm):
+        save_adapters(llm, folder)
+    else:
+        llm.hf.save_pretrained(folder)
+
+
 def find_export(path: str | Path) -> Path:
     """The folder of an export, downloaded where ``path`` is a hub name.
 
@@ -138,10 +153,12 @@ def find_export(path: str | Path) -> Path:
             raise UserError(
                 "no such folder, nor a name that the Hugging Face hub gives out", where=str(path), cure="check the path"
             ) from error
-    for name in _NEEDED:
-        if not (folder / name).is_file():
+    for names in _NEEDED:
+        if not any((folder / name).is_file() for name in names):
             raise UserError(
-                f"the folder holds no {name}", where=str(folder), cure="write it again with `salad-lightning export`"
+                f"the folder holds no {names[0]}",
+                where=str(folder),
+                cure="write it again with `salad-lightning export`",
             )
     return folder
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -16,7 +19,16 @@ from salad_lightning.errors import UserError
 from salad_lightning.model.llm import LanguageModel
 from salad_lightning.projection import token_kl
 
-__all__ = ["LoRA", "adapters_off", "add_adapters", "merge_adapters", "nf4", "quantization_kl"]
+__all__ = [
+    "LoRA",
+    "adapters_off",
+    "add_adapters",
+    "has_adapters",
+    "merge_adapters",
+    "nf4",
+    "quantization_kl",
+    "save_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,36 @@ def merge_adapters(llm: LanguageModel) -> None:
                 layer: Any = child
                 layer.merge()
                 setattr(parent, name, layer.get_base_layer())
+    del llm.hf.peft_config
+
+
+def has_adapters(llm: LanguageModel) -> bool:
+    """Whether there are updates beside the matrices."""
+    return hasattr(llm.hf, "peft_config")
+
+
+def save_adapters(llm: LanguageModel, folder: str | Path) -> None:
+    """Write the updates alone, in peft's format: with peft installed, `AutoModelForCausalLM` reads the folder.
+
+    The model they were trained on is named in ``adapter_config.json`` and not copied.
+
+    Args:
+        llm: With adapters.
+        folder: Made if missing.
+    """
+    # Imported here: an optional dependency.
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy(llm.hf.peft_config["default"])
+    base = config.base_model_name_or_path or llm.hf.config._name_or_path
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(llm.hf).items()}
+    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from transformers.utils.hub import cached_file
 from salad_lightning.batch import Head, Prediction
 from salad_lightning.errors import UserError
 
-__all__ = ["LanguageModel", "build_language_model", "load_config", "load_language_model", "load_tokenizer"]
+__all__ = ["ADAPTERS", "LanguageModel", "build_language_model", "load_config", "load_language_model", "load_tokenizer"]
+
+ADAPTERS = "adapter_config.json"
+"""In a folder of LoRA alone: peft's own name for the file that says what they belong to."""
 
 # Vocabularies are padded to round sizes (Qwen2.5-7B has 399 rows too many, DeepSeek 2,398 of 102,400).
 # Far more unused rows than that means that the tokenizer belongs to another model.
@@ -166,11 +170,14 @@ class LanguageModel(nn.Module):
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """The configuration of the model at a folder or hub name.
+    """The configuration of the model at a folder or hub name; of its base model, where that holds adapters alone.
 
     Raises:
         UserError: If there is none.
     """
+    adapters = Path(path) / ADAPTERS
+    if adapters.is_file() and not (Path(path) / "config.json").is_file():
+        path = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -238,17 +245,21 @@ def load_language_model(
         UserError: If the weights are missing or the architecture is not supported.
     """
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    config = load_config(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=_attention(load_config(path), "sdpa"),
+            attn_implementation=_attention(config, "sdpa"),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
         )
     except (OSError, ValueError) as error:
         raise _not_found(path, "weights of a language model") from error
+    except ImportError as error:
+        cure = "pip install 'salad-lightning[lora]'"
+        raise UserError("peft is needed to read LoRA, and not installed", where=path, cure=cure) from error
     except SafetensorError as error:  # cut short, or a Git LFS pointer in place of the file
         cure = "copy or download the model's folder again"
         raise UserError(f"the weights cannot be read ({error})", where=path, cure=cure) from error

@@ -59,21 +59,25 @@ def from_checkpoint(checkpoint: str, report_by: str = "category") -> SpeechLLMMo
     return _build(load_checkpoint(checkpoint, weights_only=True), checkpoint, init_from=checkpoint, report_by=report_by)
 
 
-def trained_module(path: str) -> Trained:
+def trained_module(path: str, *, keep_adapters: bool = False) -> Trained:
     """The module that wrote a checkpoint, with its weights.
 
     Args:
         path: Of the checkpoint; its LLM must be where it was trained from.
+        keep_adapters: Leave LoRA beside the matrices instead of adding it to them.
 
     Raises:
-        UserError: If it is no checkpoint of a speech LLM, or the weights do not fit.
+        UserError: If it is no checkpoint of a speech LLM, the weights do not fit, or there are no adapters to keep.
     """
     checkpoint = load_checkpoint(path, weights_only=True)
     module = _build(checkpoint, path)
+    adapted = bool(checkpoint["hyper_parameters"].get("lora"))
+    if keep_adapters and not adapted:
+        raise UserError("trained without LoRA: there is nothing to keep apart", where=path, cure="leave the option out")
     module.configure_model()
     module.check_weights(checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    if checkpoint["hyper_parameters"].get("lora"):
+    if adapted and not keep_adapters:
         merge_adapters(module.model.llm)  # a plain model, for whatever comes next
     module.eval()
     return Trained(module, checkpoint["hyper_parameters"], int(checkpoint.get("global_step", 0)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from salad_lightning.cli import main
+from salad_lightning.export import load_pretrained
 from salad_lightning.model.llm import load_language_model
 from salad_lightning.model.small import small_qwen2
 from salad_lightning.testing.runs import TinyRun
@@ -51,6 +53,42 @@ def test_lora_comes_back_as_a_plain_model(world, lora):
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(ours[name], original[name])
     assert torch.linalg.matrix_rank(ours[name] - original[name], rtol=1e-3) == 4
+
+
+def test_lora_is_exported_alone_and_read_by_peft(world, lora, tmp_path, capsys):
+    checkpoint = str(lora.folder / "checkpoints" / "final.ckpt")
+    for name, options in (("kept", ["--keep-adapters"]), ("merged", []), ("llm", ["--keep-adapters", "--llm-only"])):
+        assert main(["export", checkpoint, str(tmp_path / name), *options]) == 0
+    files = {path.name for path in (tmp_path / "kept" / "llm").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert not files & {"config.json", "model.safetensors"}
+    # The same model, by us and by transformers with peft alone.
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        merged = load_pretrained(tmp_path / "merged").model.speech_llm.llm.hf(ids).logits
+        kept = load_pretrained(tmp_path / "kept").model.speech_llm.llm.hf(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(world.folder / "llm").eval()(ids).logits
+    torch.testing.assert_close(kept, merged, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs, merged, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(base, merged, atol=1e-3)
+    prompts = {
+        name: load_pretrained(tmp_path / name).generate(prompt="to be", max_new_tokens=5) for name in ("kept", "merged")
+    }
+    assert prompts["kept"] == prompts["merged"]
+    # What the adapters belong to has moved.
+    config = tmp_path / "kept" / "llm" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(world.folder / "llm"), str(world.folder / "moved")))
+    assert main(["generate", "--model", str(tmp_path / "kept"), "--prompt", "to be"]) == 2
+    assert "moved" in capsys.readouterr().err
+
+
+def test_what_has_no_adapters_cannot_keep_them(world, tmp_path, capsys):
+    run = world.run("fit", "no-lora", overlay(world, "no-lora"))
+    checkpoint = run.folder / "checkpoints" / "final.ckpt"
+    assert main(["export", str(checkpoint), str(tmp_path / "kept"), "--keep-adapters"]) == 2
+    assert "without LoRA" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
 
 
 def test_lora_goes_on(world, lora):
