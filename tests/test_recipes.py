@@ -19,7 +19,7 @@ from salad_lightning.testing.tiny_encoders import save_tiny_causal_conv, save_ti
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Not for `fit`: tested with `select` and with spoken evaluation.
-OTHER = ("select.yaml", "mini_select.yaml", "evaluate.yaml")
+OTHER = ("select.yaml", "mini_select.yaml", "evaluate.yaml", "mini_evaluate.yaml")
 FOUND = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("**/*.yaml") if path.name not in OTHER)
 # Which files a recipe is read after; an overlay alone is no configuration.
 BASES = {
@@ -133,6 +133,16 @@ def test_two_steps_and_one_validation(world, tmp_path, recipe):
     assert bool(validated) == (trainer.get("limit_val_batches", 1) > 0)
     if "FinalCheckpoint" in str(trainer.get("callbacks")):
         assert (tmp_path / "out" / "checkpoints" / "final.ckpt").exists()
+
+
+def test_the_small_evaluation_is_the_large_one_on_what_the_demo_leaves(capsys):
+    files = ("evaluate.yaml", "scale/mini_evaluate.yaml")
+    configs = [part for name in files for part in ("--config", str(RECIPES / name))]
+    assert main(["test", *configs, "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    made_by_demo = [config["model"]["init_args"]["checkpoint"], config["data"]["init_args"]["test"][0]["shards"]]
+    made_by_demo.append(config["trainer"]["callbacks"][0]["init_args"]["recognizer"])
+    assert all(path.startswith("outputs/demo/") for path in made_by_demo)
 
 
 QWEN_3B = {
