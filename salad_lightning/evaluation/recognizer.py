@@ -24,6 +24,7 @@ class Recognizer:
     Args:
         path: Folder or hub name with model, feature extractor and tokenizer.
         device: Where it runs.
+        where: Key that names it, for messages.
 
     Raises:
         UserError: If there is no such model.
@@ -33,7 +34,7 @@ class Recognizer:
         sample_rate_hz: Of the audio it takes.
     """
 
-    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: str, device: torch.device | str = "cpu", where: str = "") -> None:
         self.path = path
         try:
             built: Any = pipeline("automatic-speech-recognition", model=path, device=device)
@@ -42,7 +43,7 @@ class Recognizer:
             first = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"no speech recognizer can be loaded ({first})",
-                where=path,
+                where=f"{where}: {path}" if where else path,
                 cure="give a folder or hub name with a recognition model, its feature extractor and its tokenizer",
             ) from error
         self._pipeline = built

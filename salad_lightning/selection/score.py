@@ -22,7 +22,8 @@ from statistics import fmean, variance
 
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.errors import UserError
-from salad_lightning.selection.intelligibility import CTCRecognizer, character_error_rates
+from salad_lightning.evaluation.recognizer import Recognizer
+from salad_lightning.selection.intelligibility import character_error_rates
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import TextLoss, distillation_losses
 
@@ -105,7 +106,7 @@ def score(
     rates: dict[str, float] | None = None
     if settings.intelligibility:
         assert settings.recognizer is not None
-        recognizer = CTCRecognizer(settings.recognizer)
+        recognizer = Recognizer(settings.recognizer, where="score.recognizer")
         rates = character_error_rates(sorted(shards.glob("*.tar")), recognizer)
     losses = distillation_losses(settings, shards, folder)
     by_cluster: dict[int, list[Probe]] = defaultdict(list)

@@ -5,7 +5,8 @@ import pytest
 
 from salad_lightning.demo.recognizer_training import train_recognizer
 from salad_lightning.demo.world import build_world
-from salad_lightning.selection.intelligibility import CTCRecognizer, spelled
+from salad_lightning.evaluation.recognizer import Recognizer
+from salad_lightning.evaluation.transcription import normalise
 
 
 def test_it_learns_and_is_a_folder_that_the_filter_loads(tmp_path):
@@ -16,10 +17,10 @@ def test_it_learns_and_is_a_folder_that_the_filter_loads(tmp_path):
     assert np.isfinite(longer["ctc_loss"])
     vocab = json.loads((tmp_path / "longer" / "vocab.json").read_text())
     assert sorted(vocab.values()) == list(range(len(vocab)))
-    recognizer = CTCRecognizer(str(tmp_path / "longer"))
+    recognizer = Recognizer(str(tmp_path / "longer"))
     assert recognizer.sample_rate_hz == 16_000
     noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
-    written = spelled(recognizer.transcribe(noise))
+    written = normalise(recognizer.transcribe([noise])[0])
     assert set(written) <= set("abcdefghijklmnopqrstuvwxyz ")
 
 

@@ -15,9 +15,10 @@ from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source
 from salad_lightning.data.stream import EvaluationStream
 from salad_lightning.errors import UserError
+from salad_lightning.evaluation.recognizer import Recognizer
 from salad_lightning.model.llm import load_language_model
 from salad_lightning.model.speech_llm import predict_transcripts
-from salad_lightning.selection.intelligibility import CTCRecognizer, character_error_rates, spelled
+from salad_lightning.selection.intelligibility import character_error_rates
 from salad_lightning.selection.score import Probe, cluster_score, mean_and_error, shrink
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import TextLoss, distillation_losses
@@ -168,18 +169,13 @@ def test_error_rates_of_a_recognizer(recognizer, tmp_path):
         writer.write("right", {"text": "Tree, cloud; horn: grass - bird. Pond!"}, encode_flac(audio, 16_000))
         writer.write("wrong", {"text": "sand " * 6}, encode_flac(audio, 16_000))
         writer.write("noise", {"text": said}, encode_flac(noise.astype(np.float32), 16_000))
-    rates = character_error_rates(sorted(tmp_path.glob("*.tar")), CTCRecognizer(str(recognizer)))
+    rates = character_error_rates(sorted(tmp_path.glob("*.tar")), Recognizer(str(recognizer)))
     assert rates["right"] < 0.1
     assert rates["wrong"] > 0.5
     assert rates["noise"] > 0.5
 
 
-@pytest.mark.parametrize(("text", "expected"), [("Don't  stop—now!", "dont stop now"), ("ÉTÉ 25", "été 25"), ("…", "")])
-def test_spelling(text, expected):
-    assert spelled(text) == expected
-
-
 def test_a_folder_that_is_no_recognizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "wav2vec2"}))
     with pytest.raises(UserError, match=r"score\.recognizer"):
-        CTCRecognizer(str(tmp_path))
+        Recognizer(str(tmp_path), where="score.recognizer")
