@@ -3,8 +3,8 @@
     python benchmarks/human_digits_frontier.py --data DIR [--steps N] [--json FILE]
 
 Trains the benchmark's encoder with its CTC head alone, on 0, 1, … human speakers beside the synthetic voices, and tests
-it on single digits of each speaker left out. The LLM can tell no digit that this cannot. One seed; which speakers are
-heard is drawn by it.
+it on single digits of each speaker left out. One seed; which speakers are heard is drawn by it. (The connector of the
+whole benchmark hears people too, in its warm-up and in Stage I, and comes further than this head.)
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ sentences and voices.
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,8 +19,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
+from scipy.stats import spearmanr
 
-from benchmarks.grid import RECIPES, RESULTS, ROOT, STAGE2_RECIPES, Run, markdown, run_all, summarise
+from benchmarks.grid import RECIPES, RESULTS, ROOT, STAGE2_RECIPES, Run, markdown, run_all, summarise, work_folder
 from salad_lightning.demo.arms import Arm, arm_steps, base_steps
 from salad_lightning.demo.stage2 import Selection, Stage2Arm, selection_of, stage2_steps
 
@@ -29,7 +32,7 @@ STAGE1 = "stage1_kl"
 CONTROLS = (Stage2Arm("stage1_more", weights=(2.0, 1.0)), Stage2Arm("text_more", weights=(1.0, 2.0)))
 # (γ, share of the natural speech); what comes first is the smallest grid that counts.
 FIRST = tuple((gamma, share) for share in (0.1, 0.03) for gamma in (0.0, 5.0, 1.0))
-THEN = ((2.0, 0.1), (2.0, 0.03), (0.0, 0.01), (5.0, 0.01), (0.0, 0.3), (5.0, 0.3), (1.0, 0.01), (2.0, 0.01))
+THEN = ((0.0, 0.01), (5.0, 0.01), (2.0, 0.1), (2.0, 0.03), (0.0, 0.3), (5.0, 0.3), (1.0, 0.01), (2.0, 0.01))
 FIGURES = {
     "speech, heard": lambda row: row["speech_accuracy"]["heard"],
     "speech, unheard": lambda row: row["speech_accuracy"]["unheard"],
@@ -115,6 +118,63 @@ def pairs_table(rows: list[dict[str, Any]], pairs: Sequence[tuple[str, str]]) ->
     return "\n".join(lines)
 
 
+def rank_correlation(rows: Iterable[dict[str, Any]]) -> tuple[float, int, list[tuple[float, float]]]:
+    """Spearman's ρ of M and speech accuracy over all runs and domains, their number, and the points."""
+    points = [
+        (float(value), float(row["speech_accuracy"]["domains"][domain]))
+        for row in rows
+        for domain, value in row["misalignment"]["domains"].items()
+    ]
+    return float(spearmanr(*zip(*points, strict=True)).statistic), len(points), points
+
+
+def plot_correlation(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speech accuracy against M, a point for each run and domain."""
+    matplotlib.use("Agg")
+    rho, number, points = rank_correlation(rows)
+    figure, panel = plt.subplots(figsize=(6, 4))
+    panel.scatter(*zip(*points, strict=True), s=8, alpha=0.4)
+    panel.axhline(0.25, color="0.4", linestyle=":", label="chance")
+    panel.set(xscale="log", xlabel="M, nats per token", ylabel="speech accuracy")
+    panel.set_title(f"Spearman ρ = {rho:.2f} over {number} runs × domains")
+    panel.legend(fontsize=8)
+    panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def hearings(manifest: Path, domains: Path) -> dict[str, float]:
+    """How often a word of the pool's under-covered domains is heard in a selection, on average over its words."""
+    thin = {row["name"] for row in map(json.loads, domains.read_text().splitlines()) if not row["heard"]}
+    pool = [json.loads(line) for line in domains.with_name("pool.jsonl").read_text().splitlines()]
+    words = {word for row in pool if row["domain"] in thin for word in row["text"].split()}
+    # Those that the well covered domains do not share: the others are heard in natural speech.
+    words -= {word for row in pool if row["domain"] not in thin for word in row["text"].split()}
+    chosen = [json.loads(line)["text"].split() for line in manifest.read_text().splitlines()]
+    said = Counter(word for text in chosen for word in text if word in words)
+    return {"words": len(words), "hearings": said.total() / len(words), "never": 1 - len(said) / len(words)}
+
+
+def hearings_table(worlds: Sequence[int], seeds: int) -> str:
+    """Of every selection that has been made: texts, and hearings of the under-covered domains' own words."""
+    lines = ["| selection | texts | hearings a word | words never heard |", "|---|---|---|---|"]
+    for gamma, share in (*FIRST, *THEN):
+        found = []
+        for world in worlds:
+            for seed in range(seeds):
+                folder = work_folder(world) / ROOT
+                manifest = folder / f"selection_{arm_name(gamma, share)}-{seed}" / "manifest.jsonl"
+                if manifest.exists():
+                    texts = len(manifest.read_text().splitlines())
+                    found.append({"texts": texts, **hearings(manifest, folder / "world" / "domains.jsonl")})
+        if found:
+            mean = {name: fmean(row[name] for row in found) for name in found[0]}
+            cells = f"{mean['texts']:.0f} | {mean['hearings']:.1f} | {mean['never']:.0%}"
+            lines.append(f"| {arm_name(gamma, share)} | {cells} |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy and M against minutes of synthetic speech, one line a γ, by coverage of the domains."""
     matplotlib.use("Agg")
@@ -154,12 +214,13 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--worlds", type=int, nargs="*", default=WORLDS)
-    parser.add_argument("--all", action="store_true", help="more γ and budgets, and the arm with more text")
+    parser.add_argument("--more", type=int, default=0, help=f"further settings of γ and budget, up to {len(THEN)}")
+    parser.add_argument("--text-more", action="store_true", help="the arm with more text in the place of speech, too")
     args = parser.parse_args()
-    grid = (*FIRST, *THEN) if args.all else FIRST
+    grid = (*FIRST, *THEN[: args.more])
     rows = run_all(
         STUDY,
-        runs(args.seeds, args.worlds, grid, text_more=args.all),
+        runs(args.seeds, args.worlds, grid, text_more=args.text_more),
         recipes=STAGE2_RECIPES,
         budget_minutes=args.budget_minutes,
         batch=8,
@@ -177,7 +238,11 @@ def main() -> None:
         )
     )
     if rows:
+        print("\n" + hearings_table(args.worlds, args.seeds))
+        rho, number, _ = rank_correlation(rows)
+        print(f"\nSpearman's ρ of M and speech accuracy over {number} runs × domains: {rho:.3f}")
         plot(rows, RESULTS / f"{STUDY}.png")
+        plot_correlation(rows, RESULTS / f"{STUDY}_correlation.png")
 
 
 if __name__ == "__main__":
