@@ -1,4 +1,4 @@
-"""How fast batches are made, beside what reading and decoding alone would allow and beside plain WebDataset.
+"""How fast batches are made, beside what reading and decoding alone would allow and beside three other packages.
 
 One process, one thread, the same shards for all. Rates are per second of processor time, which is per core.
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import io
 import itertools
 import json
 import math
@@ -24,21 +22,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
-import webdataset
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.stream_peers import hugging_face, lhotse_shar, missing, plain_webdataset, write_shar
+from benchmarks.stream_step import step_times
 from salad_lightning.data.arrays import encode_array
 from salad_lightning.data.audio import decode_audio, encode_flac
 from salad_lightning.data.format import read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
-from salad_lightning.data.packing import pad
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.data.stream import TrainingStream
-from salad_lightning.data.tokens import tokenize
 from salad_lightning.demo.report import environment
 from salad_lightning.testing.shards import random_text, speak_tones
 from salad_lightning.testing.tiny import save_tiny_tokenizer
@@ -46,6 +42,7 @@ from salad_lightning.testing.tiny import save_tiny_tokenizer
 RATE_HZ, HOP = 16_000, 1280
 CONTEXT, ROWS = 2048, 8
 CODEBOOKS, FRAME_SIZE = 8, 512
+SHARD = 250  # utterances
 PEERS = {"e": "lhotse", "f": "datasets"}
 
 
@@ -61,9 +58,11 @@ class Rate(NamedTuple):
 def main() -> int:
     """Make the shards, measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--utterances", type=int, default=2000, help="in the shards, about 12 s each")
+    parser.add_argument("--utterances", type=int, default=2000, help="in the shards, 4 to 20 s each")
     parser.add_argument("--seconds", type=float, default=20.0, help="of processor time for each measurement")
     parser.add_argument("--memory-samples", type=int, default=0, help="samples to watch the memory over; 0 for none")
+    parser.add_argument("--memory-kind", choices=("audio", "frames", "codes"), default="codes", help="shards for that")
+    parser.add_argument("--steps", type=int, default=3, help="training steps with and without the encoder; 0 for none")
     parser.add_argument("--parameters", type=float, default=3e9, help="of the LLM, for the table of workers")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="of a GPU; an H100's or H200's in bf16")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/stream"), help="folder of the result")
@@ -80,9 +79,16 @@ def main() -> int:
             "c: packed batches from stored frames": lambda: batches(root / "frames", spec),
             "c: packed batches from stored codes": lambda: batches(root / "codes", spec),
             "d: WebDataset, padded batches": lambda: plain_webdataset(root / "audio", spec),
+            "e: lhotse Shar, buckets": lambda: lhotse_shar(root / "shar", spec),
+            "f: Hugging Face datasets, streaming": lambda: hugging_face(root / "audio", spec),
         }
+        absent = [package for package in PEERS.values() if missing(package)]
+        if "lhotse" not in absent:
+            write_shar(root / "shar", root / "audio", SHARD)
+        measurements = {name: make for name, make in measurements.items() if PEERS.get(name[0]) not in absent}
         rates = {name: measure(make(), args.seconds) for name, make in measurements.items()}
-        memory = watch_memory(batches(root / "audio", spec), args.memory_samples)
+        memory = watch_memory(batches(root / args.memory_kind, spec), args.memory_samples)
+        step = step_times(root / "audio", spec.tokenizer, args.steps) if args.steps else {}
     a_sample = rates["c: packed batches from audio"]
     rows = {name: row(rate, mean_s, a_sample.positions / a_sample.samples) for name, rate in rates.items()}
     floor, ours = rows["b: decoding alone"], rows["c: packed batches from audio"]
@@ -91,8 +97,12 @@ def main() -> int:
         "mean_seconds": round(mean_s, 2),
         "rates": rows,
         "of_decode_floor": round(ours["samples_per_core_s"] / floor["samples_per_core_s"], 3),
-        "not_measured": {f"{key}: {package}": not_measured(package) for key, package in PEERS.items()},
+        "stored_over_audio": {name: round(stored_over_audio(rows, name), 2) for name in ("frames", "codes")},
+        "of_best_peer": round(ours["useful_positions_per_core_s"] / best_peer(rows), 3),
+        "not_installed": absent,
+        "memory_of": f"packed batches from {args.memory_kind}",
         "resident_mb_over_samples": memory,
+        "step": step,
         "workers": workers_table(rows, args.parameters, args.peak_flops),
         **environment(),
     }
@@ -107,10 +117,10 @@ def write_shards(root: Path, num_utterances: int) -> float:
     rng, noise, total = random.Random(0), np.random.default_rng(0), 0
     with contextlib.ExitStack() as stack:
         kinds = {
-            kind: stack.enter_context(ShardWriter(root / kind, kind, 250)) for kind in ("audio", "frames", "codes")
+            kind: stack.enter_context(ShardWriter(root / kind, kind, SHARD)) for kind in ("audio", "frames", "codes")
         }
         for number in range(num_utterances):
-            text = random_text(rng, 60)
+            text = random_text(rng, rng.randint(20, 100))
             audio, words = speak_tones(text, sample_rate_hz=RATE_HZ, seed=number)
             total += len(audio)
             length = frames_of(len(audio))
@@ -173,23 +183,6 @@ def batches(folder: Path, spec: SequenceSpec) -> Iterator[tuple[int, int, float]
         yield len(batch.documents), batch.num_positions, batch.num_positions / batch.input_ids_BS.numel()
 
 
-def plain_webdataset(folder: Path, spec: SequenceSpec) -> Iterator[tuple[int, int, float]]:
-    """What WebDataset's own pages show: shuffle, decode, batch, pad; token ids and audio, no spans and no packing."""
-
-    def load(sample: dict[str, Any]) -> tuple[Any, Any]:
-        audio, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
-        return audio, tokenize(json.loads(sample["json"])["text"], spec.tokenizer).ids
-
-    def collate(samples: list[tuple[Any, Any]]) -> tuple[Any, ...]:
-        audio, ids = zip(*samples, strict=True)
-        return *pad(list(audio)), *pad(list(ids))
-
-    paths = [str(path) for path in sorted(folder.iterdir())]
-    dataset = webdataset.WebDataset(paths, shardshuffle=False).repeat().shuffle(512).map(load)
-    for _, lengths, ids, id_lengths in dataset.batched(16, collation_fn=collate):
-        yield len(lengths), 0, float(id_lengths.sum()) / ids.numel()
-
-
 def measure(items: Iterator[tuple[int, int, float]], seconds: float) -> Rate:
     """Count for a while, after a first item that fills buffers."""
     next(items)
@@ -215,9 +208,15 @@ def row(rate: Rate, mean_s: float, positions_of_a_sample: float) -> dict[str, fl
     }
 
 
-def not_measured(package: str) -> str:
-    """Why a peer has no line."""
-    return "installed, but has no measurement here" if importlib.util.find_spec(package) else "not installed"
+def stored_over_audio(rows: dict[str, dict[str, float]], kind: str) -> float:
+    """How many times the audio-hours of audio shards come from pre-encoded ones."""
+    hours = {name: line["audio_hours_per_core_s"] for name, line in rows.items()}
+    return hours[f"c: packed batches from stored {kind}"] / hours["c: packed batches from audio"]
+
+
+def best_peer(rows: dict[str, dict[str, float]]) -> float:
+    """Useful positions a second of the fastest other package."""
+    return max(line["useful_positions_per_core_s"] for name, line in rows.items() if name[0] in "def")
 
 
 def watch_memory(items: Iterator[tuple[int, int, float]], num_samples: int) -> dict[int, float]:

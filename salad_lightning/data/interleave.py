@@ -130,6 +130,10 @@ class InterleaveDocuments(DocumentBuilder):
         spec: SequenceSpec,
     ) -> list[Document]:
         """Join segments into as few documents as the context allows, in order."""
+        if segments:  # nearly always one, and then there is no need to see how many of them fit
+            whole = self._assemble(utterance, ids, units, segments, spec)
+            if max(whole.num_positions, whole.num_tokens) <= spec.context:
+                return [whole] if whole.predicted.any() else []
         documents: list[Document] = []
         current: list[_Segment] = []
         fitting: Document | None = None
