@@ -21,8 +21,9 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
 img { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e8; text-align: right; }
-th:first-child, td:first-child { text-align: left; } p, footer { color: #55555e; } code { font-size: .9em; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e8; text-align: right; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; min-width: 14rem; }
+p, footer { color: #55555e; } code { font-size: .9em; }
 """
 _SPEED = {
     "train/tokens_per_second": ("tokens a second, median", "{:,.0f}"),
@@ -132,10 +133,12 @@ def _table(runs: Sequence[RunFolder], rows: Sequence[tuple[str, list[str]]]) -> 
     shown = [(label, values) for label, values in rows if any(values)]
     if not shown:
         return ""
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    # A selection has no accuracies, a run no clusters: a column of dashes would say nothing.
+    columns = [column for column in range(len(runs)) if any(values[column] for _, values in shown)]
+    head = "".join(f"<th>{html.escape(runs[column].name)}</th>" for column in columns)
     lines = [
         f"<tr><td>{html.escape(label)}</td>"
-        + "".join(f"<td>{html.escape(value) or '–'}</td>" for value in values)
+        + "".join(f"<td>{html.escape(values[column]) or '–'}</td>" for column in columns)
         + "</tr>"
         for label, values in shown
     ]

@@ -166,8 +166,19 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
         pairs = [_flat(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()]
         return [pair for some in pairs for pair in some]
     if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        return [pair for number, inner in enumerate(value) for pair in _flat(inner, f"{key}[{number}]")]
+        return [
+            pair for label, inner in zip(_labels(value), value, strict=True) for pair in _flat(inner, f"{key}[{label}]")
+        ]
+    if key.endswith(".class_path"):
+        value = str(value).rpartition(".")[2]
     return [(key.replace(".init_args", "").replace(".class_path", ""), str(value))]
+
+
+def _labels(items: Sequence[Any]) -> list[str]:
+    """What tells the entries of a list apart in any run: name, else class, else place."""
+    entries = [item if isinstance(item, dict) else {} for item in items]
+    found = [str(entry.get("name") or entry.get("class_path", "")).rpartition(".")[2] for entry in entries]
+    return [label if label and found.count(label) == 1 else str(number) for number, label in enumerate(found)]
 
 
 def _json(path: Path) -> dict[str, Any]:
