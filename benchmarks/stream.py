@@ -172,7 +172,7 @@ def decoding(folder: Path) -> Iterator[tuple[int, int, float]]:
     contents = [raw.members["flac"] for path in sorted(folder.iterdir())[:1] for raw in read_shard(path)]
     while True:
         for content in contents:
-            decode_audio(content, RATE_HZ, "")
+            decode_audio(content, RATE_HZ, "", keep_int16=True)
             yield 1, 0, math.nan
 
 

@@ -80,7 +80,7 @@ def _build() -> tuple[SpeechLLM, LanguageModel]:
 @torch.no_grad()
 def _stored(model: SpeechLLM, batch: SpeechBatch) -> SpeechBatch:
     """The batch with its clips encoded, as a stream over encoded shards would have made it."""
-    data, lengths = model.encoder.encode(batch.clips_NL, batch.clip_lengths_N)
+    data, lengths = model.encoder.encode(batch.audio_NL, batch.clip_lengths_N)
     return dataclasses.replace(
         batch,
         clips_NL=batch.clips_NL.new_zeros(0, 0),

@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DocumentInfo", "Head", "ObjectiveOutput", "Prediction", "SpeechBatch"]
+__all__ = ["INT16_SCALE", "DocumentInfo", "Head", "ObjectiveOutput", "Prediction", "SpeechBatch"]
+
+INT16_SCALE = 32768
+"""16-bit audio divided by this lies in [-1, 1)."""
 
 
 class Head(NamedTuple):
@@ -103,7 +106,8 @@ class SpeechBatch:
         input_ids_BS: Text token ids; 0 at speech and padding positions.
         position_ids_BS: Restart at 0 with every document.
         document_ids_BS: Which document of the batch a position belongs to (index into ``documents``); -1 for padding.
-        clips_NL: float32 audio, zero-padded, at the encoder's sample rate.
+        clips_NL: Audio, zero-padded, at the encoder's sample rate; float32, or int16 where all of it is stored so:
+            see ``audio_NL``.
         clip_lengths_N: Samples.
         stored_NT: ``[N', T, …]`` clips that shards hold pre-encoded (`interfaces.Stored`), zero-padded; they are
             numbered after the ``clips_NL``. None where there are none.
@@ -167,6 +171,11 @@ class SpeechBatch:
     def num_predicted(self) -> int:
         """M, read from a shape, so without a device sync."""
         return self.labels_M.shape[0]
+
+    @property
+    def audio_NL(self) -> Tensor:
+        """The clips as float32 in [-1, 1], for an encoder."""
+        return self.clips_NL if self.clips_NL.is_floating_point() else self.clips_NL.float() / INT16_SCALE
 
     @property
     def padding_share(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+from typing import Any, Literal, overload
 
 import numpy as np
 import soundfile
@@ -12,9 +13,10 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 
+from salad_lightning.batch import INT16_SCALE
 from salad_lightning.errors import UserError
 
-__all__ = ["MAX_SECONDS", "check_length", "decode_audio", "encode_flac", "resample"]
+__all__ = ["MAX_SECONDS", "as_float", "check_length", "decode_audio", "encode_flac", "resample"]
 
 MAX_SECONDS = 7200.0
 """Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
@@ -24,16 +26,32 @@ _MAX_VALUES = 500_000_000  # samples times channels: 2 GB
 _MAX_KERNEL = 10_000_000  # of rates without a common divisor, the resampler's filter would fill gigabytes
 
 
-def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tuple[NDArray[np.float32], int]:
+@overload
+def decode_audio(
+    content: bytes, sample_rate_hz: int | None, where: str, *, keep_int16: Literal[False] = False
+) -> tuple[NDArray[np.float32], int]: ...
+
+
+@overload
+def decode_audio(
+    content: bytes, sample_rate_hz: int | None, where: str, *, keep_int16: bool
+) -> tuple[NDArray[Any], int]: ...
+
+
+def decode_audio(
+    content: bytes, sample_rate_hz: int | None, where: str, *, keep_int16: bool = False
+) -> tuple[NDArray[Any], int]:
     """An audio file's content as mono samples.
 
     Args:
         content: Any format soundfile reads.
         sample_rate_hz: Rate to resample to; None keeps the file's own.
         where: File or shard and key, for messages.
+        keep_int16: Give 16-bit audio that needs neither mixing nor resampling as it is stored, which takes half the
+            memory: see `as_float`.
 
     Returns:
-        ``[L]`` in [-1, 1], and their rate.
+        ``[L]``, and their rate.
 
     Raises:
         UserError: If it cannot be decoded or holds no sample.
@@ -42,21 +60,29 @@ def decode_audio(content: bytes, sample_rate_hz: int | None, where: str) -> tupl
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate = int(file.samplerate)
             check_length(file.frames, file.channels, rate, where)
-            audio = file.read(dtype="float32", always_2d=True)
+            as_stored = file.subtype == "PCM_16" and file.channels == 1 and sample_rate_hz in (None, rate)
+            audio = file.read(dtype="int16" if keep_int16 and as_stored else "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         # Its own text names the buffer in memory, at another address in every run.
         reason = getattr(error, "error_string", None) or str(error)
         raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
     if audio.shape[0] == 0:
         raise UserError("the audio is empty", where=where)
-    if not _is_finite(audio):
+    if audio.dtype == np.float32 and not _is_finite(audio):
         raise UserError("the audio holds NaN or infinite values", where=where, cure="record or convert it again")
-    mono: NDArray[np.float32] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    mono: NDArray[Any] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
     if rate * sample_rate_hz > _MAX_KERNEL * math.gcd(rate, sample_rate_hz) ** 2:
         raise UserError(f"{rate} Hz is no usual sample rate", where=where, cure=f"convert it to {sample_rate_hz} Hz")
-    return resample(mono, rate, sample_rate_hz), sample_rate_hz
+    return resample(as_float(mono), rate, sample_rate_hz), sample_rate_hz
+
+
+def as_float(audio: NDArray[Any]) -> NDArray[np.float32]:
+    """Audio ``[L]``, float or int16 as stored, in [-1, 1]."""
+    if audio.dtype == np.int16:
+        return audio.astype(np.float32) / np.float32(INT16_SCALE)
+    return audio.astype(np.float32, copy=False)
 
 
 def check_length(num_samples: int, num_channels: int, sample_rate_hz: int, where: str) -> None:

@@ -132,4 +132,4 @@ def _builder(template: str, control: Control) -> TemplateDocuments:
 def _examples(shards: str, sample_rate_hz: int) -> Mapping[str, Utterance]:
     """All examples by key, in order; they are few."""
     found = (raw for path in expand_shards(shards, remote=True) for raw in read_shard(path))
-    return {raw.key: decode(raw, source="shots", sample_rate_hz=sample_rate_hz) for raw in found}
+    return {raw.key: decode(raw, source="shots", sample_rate_hz=sample_rate_hz, keep_int16=True) for raw in found}

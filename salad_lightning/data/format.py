@@ -99,7 +99,8 @@ class Utterance:
         source: Name of the source it is read for.
         text: Transcript, with case and punctuation.
         words: Spoken units in order with their times, or None where the shard has none.
-        audio: ``[L]`` float32 mono at the rate asked for, or None for plain text and pre-encoded speech.
+        audio: ``[L]`` mono at the rate asked for, float32 or int16 (`as_float`), or None for plain text and pre-encoded
+            speech.
         encoded: Pre-encoded speech, or None.
         fields: The remaining JSON fields.
         shard: Path of its shard, for messages.
@@ -109,7 +110,7 @@ class Utterance:
     source: str
     text: str
     words: list[TimedWord] | None = None
-    audio: NDArray[np.float32] | None = None
+    audio: NDArray[Any] | None = None
     encoded: Encoded | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     shard: str = ""
@@ -169,7 +170,7 @@ def read_shard(path: str | Path, *, allow_pipe: bool = False) -> Iterator[RawSam
         ) from error
 
 
-def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
+def decode(raw: RawSample, *, source: str, sample_rate_hz: int, keep_int16: bool = False) -> Utterance:
     """Parse and decode a sample.
 
     Args:
@@ -177,6 +178,7 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
         source: Name to put on the utterance.
         sample_rate_hz: Rate the audio is resampled to where it differs; 0 leaves the audio out, for a model that
             takes none.
+        keep_int16: As of `decode_audio`.
 
     Raises:
         UserError: If the JSON is missing, is no object or has no text, if the audio cannot be decoded, or if word
@@ -192,7 +194,8 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int) -> Utterance:
     if sample_rate_hz:
         for extension in AUDIO_EXTENSIONS:
             if extension in raw.members:
-                audio, _ = decode_audio(raw.members[extension], sample_rate_hz, f"{where}.{extension}")
+                place = f"{where}.{extension}"
+                audio, _ = decode_audio(raw.members[extension], sample_rate_hz, place, keep_int16=keep_int16)
                 break
         else:
             encoded = _parse_encoded(raw, about, where)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from salad_lightning.batch import SpeechBatch
+from salad_lightning.data.audio import as_float
 from salad_lightning.data.segments import Document
 
 __all__ = ["PackedRows", "collate", "pack", "pad"]
@@ -175,7 +176,10 @@ class _Layout:
         teacher = _teacher_rows(self.documents, self.teacher_width)
         encoded, *spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 8).T.contiguous()
         counts = [int(document.predicted.sum()) for document in self.documents]
-        clips, clip_lengths = pad(self.clips[False], np.zeros((0, 0), dtype=np.float32))
+        fresh = self.clips[False]
+        if len({clip.dtype for clip in fresh}) > 1:
+            fresh = [as_float(clip) for clip in fresh]
+        clips, clip_lengths = pad(fresh, np.zeros((0, 0), dtype=np.float32))
         stored, stored_lengths = pad(self.clips[True]) if self.clips[True] else (None, None)
         return SpeechBatch(
             input_ids_BS=torch.from_numpy(self.ids).view(self.shape),

@@ -47,7 +47,8 @@ class Document:
         token_ids: ``[T]`` int64, special tokens included.
         predicted: ``[T]`` bool: tokens that carry loss; never inside a span, and never the very first element.
         spans: Speech spans in order, not overlapping; all other tokens are read as text.
-        clips: ``[L]`` float32 audio each, at the encoder's sample rate; or ``[T, …]`` what the encoder stored of it.
+        clips: ``[L]`` float32 or int16 audio each, at the encoder's sample rate; or ``[T, …]`` what the encoder stored
+            of it.
         info: Where the document comes from.
         encoded: Whether clips are what the encoder stored.
     """

@@ -173,7 +173,7 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
         return self.source.documents.build(utterance, self.spec, seed=self.seed)
 
     def _decode(self, raw: RawSample) -> Utterance:
-        return decode(raw, source=self.source.name, sample_rate_hz=self.spec.sample_rate_hz)
+        return decode(raw, source=self.source.name, sample_rate_hz=self.spec.sample_rate_hz, keep_int16=True)
 
     def _read(self, tolerance: Tolerance) -> Iterator[RawSample]:
         for path in self.paths:
@@ -280,7 +280,7 @@ class _Mixture:
         raw, epoch = reader.next()
         reader.tolerance.count("sample")
         try:
-            utterance = decode(raw, source=source.name, sample_rate_hz=self.spec.sample_rate_hz)
+            utterance = decode(raw, source=source.name, sample_rate_hz=self.spec.sample_rate_hz, keep_int16=True)
             return source.documents.build(utterance, self.spec, seed=self.seed, epoch=epoch)
         except UserError as error:
             reader.tolerance.skip("sample", error, raw.shard, raw.key)

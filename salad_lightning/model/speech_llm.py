@@ -118,11 +118,11 @@ class SpeechLLM(nn.Module):
     def _stored(self, batch: SpeechBatch) -> Stored:
         """What the encoder's heavy half makes of every clip; pre-encoded clips come after the others."""
         if batch.stored_NT is None or batch.stored_lengths_N is None:
-            return self.encoder.encode(batch.clips_NL, batch.clip_lengths_N)
+            return self.encoder.encode(batch.audio_NL, batch.clip_lengths_N)
         before = Stored(batch.stored_NT, batch.stored_lengths_N)
         if not batch.clips_NL.shape[0]:
             return before
-        fresh = self.encoder.encode(batch.clips_NL, batch.clip_lengths_N)
+        fresh = self.encoder.encode(batch.audio_NL, batch.clip_lengths_N)
         num_frames = max(fresh.data.shape[1], before.data.shape[1])
         data = [_extend(stored.data, num_frames) for stored in (fresh, before)]
         return Stored(torch.cat([data[0], data[1].to(data[0].dtype)]), torch.cat([fresh.lengths, before.lengths]))

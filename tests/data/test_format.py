@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from salad_lightning.data.audio import decode_audio, encode_flac
+from salad_lightning.data.audio import as_float, decode_audio, encode_flac
 from salad_lightning.data.format import AUDIO_EXTENSIONS, decode, read_shard
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
@@ -171,6 +171,29 @@ def test_values_that_are_no_numbers_are_refused():
     soundfile.write(buffer, np.array([0.0, np.nan, 0.1], np.float32), 16_000, format="WAV", subtype="FLOAT")
     with pytest.raises(UserError, match="NaN or infinite"):
         decode_audio(buffer.getvalue(), 16_000, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "rate_hz", "channels", "kept"),
+    [
+        ("FLAC", "PCM_16", 16_000, 1, True),
+        ("WAV", "PCM_16", 16_000, 1, True),
+        ("FLAC", "PCM_24", 16_000, 1, False),
+        ("OGG", "VORBIS", 16_000, 1, False),
+        ("FLAC", "PCM_16", 8_000, 1, False),
+        ("FLAC", "PCM_16", 16_000, 2, False),
+    ],
+)
+def test_16_bit_audio_is_kept_as_it_is_stored(name, subtype, rate_hz, channels, kept):
+    buffer = io.BytesIO()
+    audio = np.random.default_rng(0).uniform(-1, 1, (4000, channels))
+    audio[:2] = [[-1.0] * channels, [1.0] * channels]
+    soundfile.write(buffer, audio, rate_hz, format=name, subtype=subtype)
+    floats, _ = decode_audio(buffer.getvalue(), 16_000, "here")
+    found, _ = decode_audio(buffer.getvalue(), 16_000, "here", keep_int16=True)
+    assert floats.dtype == np.float32
+    assert found.dtype == (np.int16 if kept else np.float32)
+    np.testing.assert_array_equal(as_float(found), floats)
 
 
 def test_absurd_lengths_are_refused_before_they_are_decoded():

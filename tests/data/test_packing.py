@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import random
 
@@ -94,6 +95,27 @@ def test_batches_equal_a_slow_obvious_implementation(seed):
         assert batch.audio_seconds == pytest.approx(sum(span.seconds for _, span in spans))
         assert [info.key for info in batch.documents] == [document.info.key for document in flat]
     assert sorted(seen) == sorted(document.info.key for document in documents)
+
+
+def test_clips_of_16_bits_are_those_of_floats():
+    """Alone they stay as they are, beside floats they become floats; an encoder gets the same of both."""
+    rng = random.Random(0)
+    documents = [_random_document(rng, number) for number in range(12)]
+    documents = [document for document in documents if document.clips]
+    ints = np.random.default_rng(0)
+    whole = [
+        dataclasses.replace(
+            document, clips=[ints.integers(-32768, 32768, len(c), dtype=np.int16) for c in document.clips]
+        )
+        for document in documents
+    ]
+    floats = [dataclasses.replace(d, clips=[c.astype(np.float32) / 32768 for c in d.clips]) for d in whole]
+    size = {"context": max(document.num_positions for document in documents), "rows_per_batch": len(documents)}
+    expected = collate([[document] for document in floats], **size)
+    for mixed in (whole, [*whole[:1], *floats[1:]]):
+        batch = collate([[document] for document in mixed], **size)
+        assert batch.clips_NL.dtype == (torch.int16 if mixed is whole else torch.float32)
+        assert torch.equal(batch.audio_NL, expected.clips_NL)
 
 
 @pytest.mark.parametrize("seed", range(8))
