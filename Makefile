@@ -8,8 +8,8 @@
 PYTHON ?= python3
 # Test processes side by side, each with one thread.
 JOBS ?= 2
-# `make test` fails below this coverage of the package, in percent.
-COVERAGE ?= 90
+# `make test` fails below this coverage of the package, in percent; a part of the tests, chosen by ARGS, covers less.
+COVERAGE ?= $(if $(ARGS),0,90)
 BENCH ?= --budget-minutes 60
 
 VENV := .venv

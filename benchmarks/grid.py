@@ -115,7 +115,7 @@ def recipe_fingerprint(names: Sequence[str]) -> str:
 
 def provenance() -> dict[str, Any]:
     """Commit, time, versions and machine of a row."""
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {"commit": commit, "when": datetime.now(timezone.utc).isoformat(timespec="minutes"), **environment()}
 
@@ -137,19 +137,19 @@ def summarise(
 
 
 def markdown(table: dict[str, dict[str, tuple[float, float, int]]]) -> str:
-    """The summary as a Markdown table: mean ± standard deviation over seeds."""
+    """The summary as a Markdown table: mean ± standard deviation over runs."""
     columns = list(next(iter(table.values()), {}))
-    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| arm | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, figures in table.items():
-        seeds = next(iter(figures.values()))[2]
+        number = next(iter(figures.values()))[2]
         cells = [f"{mean:.3f} ± {spread:.3f}" for mean, spread, _ in figures.values()]
-        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _find(rows: list[dict[str, Any]], run: Run, fingerprint: str) -> dict[str, Any] | None:
-    wanted = (run.arm.name, run.arm.seed, run.world, fingerprint)
+    wanted = (run.arm.name, run.arm.seed, run.world, fingerprint, list(run.arm.overrides))
     for row in rows:
-        if (row["name"], row["seed"], row.get("world", 0), row["recipes"]) == wanted:
+        if (row["name"], row["seed"], row.get("world", 0), row["recipes"], row["overrides"]) == wanted:
             return row
     return None

@@ -1,7 +1,7 @@
 """The shards of `benchmarks.stream` as other packages read them: decoded, tokenised, in padded batches.
 
 Each generator is endless and yields, for every batch, its samples, the positions counted (none) and the share of the
-token ids that is not padding. All work in this process and thread.
+token ids that is not padding. All work in this process and thread. lhotse decodes to floats; the others keep 16 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from salad_lightning.data.format import read_shard
 from salad_lightning.data.packing import pad
 from salad_lightning.data.spec import SequenceSpec
-from salad_lightning.data.tokens import tokenize
 
 __all__ = ["hugging_face", "lhotse_shar", "missing", "plain_webdataset", "write_shar"]
 
@@ -41,7 +40,7 @@ def plain_webdataset(folder: Path, spec: SequenceSpec) -> Iterator[Made]:
     """What WebDataset's own pages show: shuffle, decode, batch, pad; token ids and audio, no spans and no packing."""
 
     def load(sample: dict[str, Any]) -> tuple[Any, Any]:
-        return _audio(sample["flac"]), tokenize(json.loads(sample["json"])["text"], spec.tokenizer).ids
+        return _audio(sample["flac"]), _ids(json.loads(sample["json"])["text"], spec)
 
     paths = [str(path) for path in sorted(folder.iterdir())]
     dataset = webdataset.WebDataset(paths, shardshuffle=False).repeat().shuffle(_SHUFFLED).map(load)
@@ -85,7 +84,7 @@ def lhotse_shar(folder: Path, spec: SequenceSpec) -> Iterator[Made]:
     )
     for batch in sampler:
         collate_audio(batch)
-        ids, lengths = pad([tokenize(cut.supervisions[0].text, spec.tokenizer).ids for cut in batch])
+        ids, lengths = pad([_ids(cut.supervisions[0].text, spec) for cut in batch])
         yield len(lengths), 0, float(lengths.sum()) / ids.numel()
 
 
@@ -103,16 +102,22 @@ def hugging_face(folder: Path, spec: SequenceSpec) -> Iterator[Made]:
     while True:
         for row in rows.shuffle(seed=epoch, buffer_size=_SHUFFLED):
             text = row["json"]["text"]
-            batch.append((_audio(row["flac"]), tokenize(text, spec.tokenizer).ids))
+            batch.append((_audio(row["flac"]), _ids(text, spec)))
             if len(batch) == _BATCH:
                 yield _padded(batch)
                 batch = []
         epoch += 1
 
 
-def _audio(content: bytes) -> NDArray[np.float32]:
-    audio, _ = soundfile.read(io.BytesIO(content), dtype="float32")
-    return np.asarray(audio, dtype=np.float32)
+def _audio(content: bytes) -> NDArray[np.int16]:
+    """16 bits as they are stored, which is how our own stream keeps them."""
+    audio, _ = soundfile.read(io.BytesIO(content), dtype="int16")
+    return np.asarray(audio, dtype=np.int16)
+
+
+def _ids(text: str, spec: SequenceSpec) -> NDArray[np.int64]:
+    """Without the places of tokens in the text, which a peer has no use for."""
+    return np.asarray(spec.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 def _padded(samples: list[tuple[Any, Any]]) -> Made:

@@ -51,11 +51,12 @@ def step_times(folder: Path, tokenizer: PreTrainedTokenizerFast, steps: int) -> 
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             losses.append(float(loss.detach()))
-            if kind == "stored frames":  # one update for both, so that both see the same weights
+            spent = time.process_time() - begin
+            if kind == "stored frames":  # one update for both, in neither's time: both see the same weights
                 optimizer.step()
             optimizer.zero_grad()
             if number:
-                seconds[kind] += time.process_time() - begin
+                seconds[kind] += spent
         differ = max(differ, abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-9))
     sizes = {"encoder": model.encoder, "connector": model.connector, "llm": model.llm}
     return {

@@ -31,7 +31,7 @@ _OPEN = "--score.intelligibility=false"
 
 
 def arms(seed: int) -> list[Stage2Arm]:
-    """Uniform, active with the filter, active without it; 10 % of the natural speech each."""
+    """Uniform and active, each with the filter and without; 10 % of the natural speech each."""
     probe = yaml.safe_load((RECIPES / "scale" / "mini_select.yaml").read_text())["probe"]
     broken = {"broken": str(ROOT / BROKEN)}
     voices = tuple({**voice, **broken} for voice in probe["voices"])
@@ -44,6 +44,7 @@ def arms(seed: int) -> list[Stage2Arm]:
 
     return [
         arm("uniform", _OPEN, "--draw.gamma=0", scored="trap-open"),
+        arm("uniform-filtered", "--draw.gamma=0", scored="trap-filtered"),
         arm("active-open", _OPEN, scored="trap-open"),
         arm("active-filtered", scored="trap-filtered"),
     ]
@@ -115,7 +116,11 @@ def main() -> None:
         figures=figures,
     )
     print(markdown(summarise(rows, {**FIGURES, "share broken": lambda row: row["broken_share"]})))
-    pairs = [("trap-active-filtered", "trap-uniform"), ("trap-active-open", "trap-uniform")]
+    names = [
+        ("active-filtered", "uniform"), ("active-open", "uniform"),
+        ("active-filtered", "uniform-filtered"), ("active-filtered", "active-open"),
+    ]  # fmt: skip
+    pairs = [(f"trap-{first}", f"trap-{second}") for first, second in names]
     print("\n" + pairs_table(rows, pairs))
 
 

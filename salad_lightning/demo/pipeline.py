@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from salad_lightning.errors import UserError
 
-__all__ = ["Step", "run_steps", "seconds_taken", "source_fingerprint"]
+__all__ = ["Step", "run_steps", "source_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,23 @@ class _Running:
     log: Path
 
 
-def run_steps(steps: Sequence[Step], folder: Path, *, lanes: int = 2, fingerprint: str = "") -> None:
+def run_steps(
+    steps: Sequence[Step], folder: Path, *, lanes: int = 2, fingerprint: str = "", state: Path | None = None
+) -> None:
     """Run every step once, in an order that respects ``after``; each has one thread and a log of its own.
 
     Args:
         steps: In any order.
-        folder: Working directory; logs and stamps go to ``.steps`` in it.
+        folder: Working directory.
         lanes: Steps at a time.
         fingerprint: Joins every step's key; a change of it runs everything again.
+        state: Where logs and stamps go: beside the results, so that both go together. By default ``.steps`` in
+            ``folder``.
 
     Raises:
         UserError: If a step fails; the end of its log is shown, and the others running are stopped.
     """
-    state = folder / ".steps"
+    state = state or folder / ".steps"
     state.mkdir(parents=True, exist_ok=True)
     keys = _keys(steps, fingerprint)
     done = {step.name for step in steps if _stamp(state, step.name).get("key") == keys[step.name]}
@@ -87,11 +91,6 @@ def run_steps(steps: Sequence[Step], folder: Path, *, lanes: int = 2, fingerprin
         finally:
             for entry in running:
                 entry.process.terminate()
-
-
-def seconds_taken(folder: Path, name: str) -> float:
-    """Wall-clock seconds of a step's last run."""
-    return float(str(_stamp(folder / ".steps", name).get("seconds", 0.0)))
 
 
 def source_fingerprint() -> str:
@@ -125,6 +124,8 @@ def _keys(steps: Sequence[Step], fingerprint: str) -> dict[str, str]:
 
 def _start(step: Step, folder: Path, state: Path, progress: Progress) -> _Running:
     log = state / f"{step.name}.log"
+    # From now on its results are no longer those of the run before.
+    (state / f"{step.name}.json").unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -45,6 +45,6 @@ def run(args: argparse.Namespace) -> None:
     for arm in arms:
         steps |= {step.name: step for step in arm_steps(arm, args.recipes, root)}
     steps |= {step.name: step for step in stage2_steps(args.recipes, root, arms[0])}
-    run_steps(list(steps.values()), Path(), lanes=args.lanes, fingerprint=source_fingerprint())
+    run_steps(list(steps.values()), Path(), lanes=args.lanes, fingerprint=source_fingerprint(), state=root / ".steps")
     write_report([*arms, *(Arm(arm.name) for arm in STAGE2_ARMS)], root)
     print(f"plots and report.json: {root}    total: {(time.perf_counter() - begin) / 60:.1f} min")
