@@ -1,4 +1,4 @@
-"""KL against NLL, fairly: alpha × LLM learning rate × seed, equal effort, unseen sentences and voices.
+"""KL against NLL, fairly: alpha × LLM learning rate × seed, equal effort, sentences and voices not heard in training.
 
 Run by: python -m benchmarks.objectives --budget-minutes 60
 

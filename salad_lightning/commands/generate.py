@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
     from transformers.utils import logging
 
+    from salad_lightning.commands.device import usable_device
     from salad_lightning.commands.quiet import quieten
     from salad_lightning.export.pretrained import load_pretrained
     from salad_lightning.model.generation import Decoding
@@ -76,11 +77,7 @@ def run(args: argparse.Namespace) -> None:
     quieten()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise UserError(f"{device} cannot be used ({error})", where="--device", cure="try --device cpu") from error
+    device = usable_device(args.device)
     model = load_pretrained(args.model, dtype=getattr(torch, args.dtype), device=device)
     torch.manual_seed(args.seed)
     if len(items) == 1 and args.output is None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
-
 from salad_lightning.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -50,13 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the shards, and say what to put into the recipe."""
     # Imported here for start-up time.
+    from salad_lightning.corpus.synthesize import voice_of
     from salad_lightning.evaluation.question_shards import question_shards
 
     options = {"sample_rate_hz": args.sample_rate, "workers": args.workers, "overwrite": args.overwrite}
     if args.audio_column is None:
-        voices = [yaml.safe_load(text) for text in args.voice]
-        if not all(isinstance(voice, dict) for voice in voices):
-            raise UserError("not a mapping", where="--voice", cure="write it as '{voice: en-us+f2}'")
+        voices = [voice_of(text) for text in args.voice]
         options |= {"synthesizer": args.synthesizer, "voices": voices, "seed": args.seed}
     for name in ("num_shots", "limit"):
         if (count := getattr(args, name)) is not None and count < 1:

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from salad_lightning.commands.quiet import quieten
+    from salad_lightning.corpus.workspace import write_aside
     from salad_lightning.data.sources import expand_shards
     from salad_lightning.evaluation.transcription import ErrorRates
     from salad_lightning.evaluation.transcripts import Transcripts
@@ -66,31 +67,27 @@ def run(args: argparse.Namespace) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rates.update(sample.utterance.text, sample.heard, **about)
     os.replace(aside, args.output / _ROWS)
-    part = args.output / f"{_FIGURES}.part"
-    part.write_text(json.dumps({"by": name, **rates.results()}, indent=1), encoding="utf-8")
-    os.replace(part, args.output / _FIGURES)
+    write_aside(args.output / _FIGURES, json.dumps({"by": name, **rates.results()}, indent=1))
     Console().print(rates.table(name))
 
 
 def _listener(args: argparse.Namespace) -> tuple[str, int, Hear]:
     """A name for what hears, the rate of the audio it takes, and the function."""
-    import torch  # as above
-
+    # As above.
+    from salad_lightning.commands.device import usable_device
+    from salad_lightning.evaluation.fingerprint import model_name
     from salad_lightning.evaluation.recognizer import Recognizer
     from salad_lightning.export.pretrained import load_pretrained
 
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise UserError(f"{args.device} cannot be used ({error})", where="--device", cure="try --device cpu") from error
+    device = usable_device(args.device)
     if args.recognizer is not None:
-        recognizer = Recognizer(args.recognizer, args.device)
-        return args.recognizer, recognizer.sample_rate_hz, lambda audio: recognizer.transcribe([audio])[0]
-    model = load_pretrained(args.model, device=args.device)
+        recognizer = Recognizer(args.recognizer, device)
+        return recognizer.name, recognizer.sample_rate_hz, lambda audio: recognizer.transcribe([audio])[0]
+    model = load_pretrained(args.model, device=device)
     rate_hz = model.processor.sample_rate_hz
 
     def hear(audio: Any) -> str:
         text = model.generate(audio, args.prompt, sampling_rate=rate_hz, max_new_tokens=args.max_new_tokens)
         return text.strip().partition("\n")[0]
 
-    return f"{args.model}, {args.prompt!r}, {args.max_new_tokens} tokens", rate_hz, hear
+    return f"{model_name(args.model)}, {args.prompt!r}, {args.max_new_tokens} tokens", rate_hz, hear

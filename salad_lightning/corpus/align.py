@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_lightning import __version__
-from salad_lightning.corpus.output_folder import INDEX, sha256_of
+from salad_lightning.corpus.output_folder import INDEX
 from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
 
@@ -93,12 +92,13 @@ def align_shards(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from salad_lightning.corpus.aligner import CtcAligner
-    from salad_lightning.corpus.written_shard import shards_by_name
+    from salad_lightning.corpus.written_shard import shard_digest, shards_by_name
 
     output = Path(output)
     paths = shards_by_name(shards)
-    request = json.dumps([__version__, sorted(paths.values()), model, min_confidence])
-    if finish_publication(output) == request:
+    made_with = [__version__, model, min_confidence]
+    finished = finish_publication(output)
+    if finished is not None and finished == json.dumps([shard_digest(made_with, path) for path in paths.values()]):
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
         return index
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -117,18 +117,17 @@ def align_shards(
 
     with open_workspace(output, overwrite=overwrite) as space:
         reports = [
-            _aligned_shard(space, name, path, request, aligner, min_confidence)
+            _aligned_shard(space, name, path, shard_digest(made_with, path), aligner, min_confidence)
             for name, path in tqdm(paths.items(), desc="align", unit=" shards")
         ]
-        return _publish(space, Path(model).name, request, reports)
+        return _publish(space, Path(model).name, reports)
 
 
 def _aligned_shard(
-    space: Workspace, name: str, path: str, request: str, aligner: Callable[[], CtcAligner], min_confidence: float
+    space: Workspace, name: str, path: str, digest: str, aligner: Callable[[], CtcAligner], min_confidence: float
 ) -> dict[str, Any]:
     from salad_lightning.corpus.written_shard import write_shard  # as above
 
-    digest = hashlib.sha256(f"{request} {sha256_of(Path(path))}".encode()).hexdigest()
     if (report := space.finished(name, digest)) is not None:
         return report
     samples, problems, counts = _aligned_samples(path, aligner(), min_confidence)
@@ -195,7 +194,7 @@ def _note(record: dict[str, Any], alignment: Alignment, min_confidence: float) -
     return "aligned", ""
 
 
-def _publish(space: Workspace, model: str, request: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _publish(space: Workspace, model: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
     kept = [report for report in reports if report["num_samples"]]
     if not kept:
         raise UserError("no sample can be used", cure="see what is wrong with `salad-lightning lint`")
@@ -211,4 +210,5 @@ def _publish(space: Workspace, model: str, request: str, reports: list[dict[str,
         "shards": [{column: report[column] for column in columns} for report in kept],
     }
     names = {report["name"]: report["name"] for report in kept}
+    request = json.dumps([report["digest"] for report in reports])
     return space.publish(request, names, index, lists={_PROBLEMS: problems})

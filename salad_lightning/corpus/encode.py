@@ -7,7 +7,6 @@ documents that hear whole utterances, and the document builders refuse the rest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from salad_lightning import __version__
 from salad_lightning.corpus.length_batches import length_batches
-from salad_lightning.corpus.output_folder import INDEX
-from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
-from salad_lightning.corpus.written_shard import Sample, shards_by_name, write_shard
+from salad_lightning.corpus.output_folder import INDEX, PARTIAL
+from salad_lightning.corpus.workspace import finish_publication, open_workspace
+from salad_lightning.corpus.written_shard import Sample, shard_digest, shards_by_name, write_shard
 from salad_lightning.data.arrays import encode_array
 from salad_lightning.data.format import Utterance, decode, read_shard
 from salad_lightning.data.packing import pad
@@ -70,24 +69,37 @@ def encode_shards(
     if batch_seconds <= 0:
         raise UserError(f"{batch_seconds} s of audio are nothing to encode", where="--batch-seconds", cure="give > 0")
     output, names = Path(output), shards_by_name(shards)
-    made_with = [__version__, encoder.identity(), dtype]
-    request = json.dumps([made_with, [[path, Path(path).stat().st_size] for path in names.values()]])
+    identity = encoder.identity()  # once: it reads all weights
+    made_with = [__version__, identity, dtype]
+    loop = _Loop(encoder, identity, output / PARTIAL, made_with, batch_seconds=batch_seconds, num_workers=num_workers)
     trainer = pl.Trainer(
         accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        default_root_dir=output,
+        default_root_dir=output, use_distributed_sampler=False,
     )  # fmt: skip
     if not trainer.is_global_zero:
-        _encode(trainer, encoder, Workspace(output, []), names, made_with, batch_seconds, num_workers)
+        _encode(trainer, loop, [])
         return None
-    if finish_publication(output) == request:
-        finished: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
-        return finished
+    finished = finish_publication(output)
+    if finished is not None and finished == json.dumps([shard_digest(made_with, path) for path in names.values()]):
+        _encode(trainer, loop, [])
+        index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
+        return index
     with open_workspace(output, overwrite=overwrite) as space:
-        reports = _encode(trainer, encoder, space, names, made_with, batch_seconds, num_workers)
+        # What an earlier run finished is hashed here, the rest where it is read.
+        todo = [
+            path
+            for name, path in names.items()
+            if not (space.folder / f"{name}.json").exists()
+            or space.finished(name, shard_digest(made_with, path)) is None
+        ]
+        _encode(trainer, loop, todo)
+        reports = [json.loads((space.folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        request = json.dumps([report["digest"] for report in reports])
+        reports = [report for report in reports if report["num_samples"]]
         if not reports:
             raise UserError("there is no sample", where="shards", cure="give shards of audio")
         index = {
-            "encoder": encoder.identity(),
+            "encoder": identity,
             "num_samples": sum(report["num_samples"] for report in reports),
             "seconds": round(sum(report["seconds"] for report in reports), 3),
             "shards": [{column: report[column] for column in _COLUMNS} for report in reports],
@@ -95,32 +107,17 @@ def encode_shards(
         return space.publish(request, {report["name"]: report["name"] for report in reports}, index)
 
 
-def _encode(
-    trainer: pl.Trainer,
-    encoder: Encoder,
-    space: Workspace,
-    names: dict[str, str],
-    made_with: list[str],
-    batch_seconds: float,
-    num_workers: int,
-) -> list[dict[str, Any]]:
-    """Reports of all shards, by whichever process."""
-    digests = {
-        name: hashlib.sha256(json.dumps([*made_with, path, Path(path).stat().st_size]).encode()).hexdigest()
-        for name, path in names.items()
-    }
-    todo = [path for name, path in names.items() if space.finished(name, digests[name]) is None]
-    if todo:
-        loader = DataLoader(_Shards(todo, encoder.sample_rate_hz), batch_size=None, num_workers=num_workers)
-        loop = _Loop(encoder, space.folder, digests, dtype=made_with[-1], batch_seconds=batch_seconds)
-        trainer.predict(loop, loader, return_predictions=False)
+def _encode(trainer: pl.Trainer, loop: _Loop, todo: list[str]) -> None:
+    """Encode what is left, on all ranks; ``todo`` counts on rank 0 alone."""
+    loop.todo = todo
+    if todo or trainer.world_size > 1:  # the other ranks wait for rank 0, even where nothing is left
+        trainer.predict(loop, return_predictions=False)
         trainer.strategy.barrier()  # another process may still be writing its last shard
-    reports = [json.loads((space.folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    return [report for report in reports if report["num_samples"]]
 
 
 class _Shard(NamedTuple):
     path: str
+    digest: str
     utterances: list[Utterance]
     records: list[dict[str, Any]]
 
@@ -128,32 +125,50 @@ class _Shard(NamedTuple):
 class _Shards(Dataset[_Shard]):
     """Whole shards, read and decoded."""
 
-    def __init__(self, paths: Sequence[str], sample_rate_hz: int) -> None:
-        self.paths, self.sample_rate_hz = list(paths), sample_rate_hz
+    def __init__(self, paths: Sequence[str], made_with: Sequence[str], sample_rate_hz: int) -> None:
+        self.paths, self.made_with, self.sample_rate_hz = list(paths), made_with, sample_rate_hz
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> _Shard:
         utterances, records = [], []
+        digest = shard_digest(self.made_with, self.paths[index])
         for raw in read_shard(self.paths[index]):
             utterance = decode(raw, source="", sample_rate_hz=self.sample_rate_hz)
             if utterance.audio is None:
                 raise UserError("the sample has no audio", where=utterance.where, cure="encode shards of audio")
             utterances.append(utterance)
             records.append(json.loads(raw.members["json"]))
-        return _Shard(self.paths[index], utterances, records)
+        return _Shard(self.paths[index], digest, utterances, records)
 
 
 class _Loop(pl.LightningModule):
     """Lightning's predict loop over whole shards: one device or many, one progress bar."""
 
     def __init__(
-        self, encoder: Encoder, folder: Path, digests: dict[str, str], *, dtype: str, batch_seconds: float
+        self,
+        encoder: Encoder,
+        identity: str,
+        folder: Path,
+        made_with: list[str],
+        *,
+        batch_seconds: float,
+        num_workers: int,
     ) -> None:
         super().__init__()
-        self.encoder, self.folder, self.digests = encoder, folder, digests
-        self.dtype_name, self.batch_seconds = dtype, batch_seconds
+        self.encoder, self.identity, self.folder, self.made_with = encoder, identity, folder, made_with
+        self.batch_seconds, self.num_workers = batch_seconds, num_workers
+        self.todo: list[str] = []
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be left than there are ranks
+
+    def predict_dataloader(self) -> DataLoader[_Shard]:
+        """This rank's part of what rank 0 says is left: others may look before or after rank 0 changes the folder."""
+        # Dealt here: Lightning's sampler wants a shard for every rank.
+        todo = self.trainer.strategy.broadcast(self.todo)[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(
+            _Shards(todo, self.made_with, self.encoder.sample_rate_hz), batch_size=None, num_workers=self.num_workers
+        )
 
     def transfer_batch_to_device(self, batch: _Shard, device: torch.device, dataloader_idx: int) -> _Shard:
         """A shard stays on the host; its batches go one by one."""
@@ -168,21 +183,21 @@ class _Loop(pl.LightningModule):
             for row, data, length in zip(rows, output.data.cpu(), output.lengths.tolist(), strict=True):
                 stored[row] = self._narrow(data[:length], shard.utterances[row].where)
         name = Path(shard.path).name
-        write_shard(self.folder, name, self.digests[name], self._samples(shard, stored))
+        write_shard(self.folder, name, shard.digest, self._samples(shard, stored))
 
     def _narrow(self, data: torch.Tensor, where: str) -> NDArray[Any]:
         if not data.is_floating_point():
             values: NDArray[Any] = data.numpy()
             smallest = np.min_scalar_type(int(values.max())) if values.min() >= 0 else np.dtype(np.int64)
             return values.astype(smallest)
-        narrow = data.float().numpy().astype(self.dtype_name)
+        narrow = data.float().numpy().astype(self.made_with[-1])
         if not np.isfinite(narrow).all():
-            raise UserError(f"a frame does not fit {self.dtype_name}", where=where, cure="use --dtype float32")
+            raise UserError(f"a frame does not fit {self.made_with[-1]}", where=where, cure="use --dtype float32")
         return narrow
 
     def _samples(self, shard: _Shard, stored: dict[int, NDArray[Any]]) -> Iterator[Sample]:
-        identity, rate = self.encoder.identity(), self.encoder.sample_rate_hz
+        rate = self.encoder.sample_rate_hz
         for row, (utterance, record) in enumerate(zip(shard.utterances, shard.records, strict=True)):
-            record = {**record, "encoded": {"by": identity, "num_samples": utterance.num_samples}}
+            record = {**record, "encoded": {"by": self.identity, "num_samples": utterance.num_samples}}
             kind = "codes.npy" if stored[row].dtype.kind in "iu" else "frames.npy"
             yield Sample(utterance.key, record, encode_array(stored[row]), kind, utterance.num_samples / rate)

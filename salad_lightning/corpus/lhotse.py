@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_lhotse(path: str) -> Iterator[Row]:
             for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), ""), 1):
                 if line.strip():
                     yield from _rows(json.loads(line), f"{path}, line {number}", Path(path).parent)
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, OSError, zlib.error, RecursionError) as error:
             raise UserError(
                 f"not JSON ({error})", where=f"{path}, line {number}", cure="give cuts as .jsonl or .jsonl.gz"
             ) from error
@@ -55,6 +56,8 @@ def _rows(cut: Any, where: str, folder: Path) -> Iterator[Row]:
         raise UserError(
             f"not a cut of one recording ({kind})", where=where, cure="write a CutSet of MonoCuts (lhotse cut simple …)"
         )
+    if not isinstance(cut["supervisions"], list):
+        raise UserError("`supervisions` is not a list", where=where, cure="write the cuts with lhotse")
     for number, supervision in enumerate(cut["supervisions"]):
         if not isinstance(supervision, dict):
             raise UserError(f"supervision {number} is not an object", where=where, cure="write the cuts with lhotse")
@@ -62,13 +65,14 @@ def _rows(cut: Any, where: str, folder: Path) -> Iterator[Row]:
         values = {
             name: supervision[name] for name in ("speaker", "language", "gender") if supervision.get(name) is not None
         }
-        values |= {"key": key, "text": _text(supervision)}
+        values["key"] = key
         try:
+            values["text"] = _text(supervision)
             words = _words(cut, supervision)
             if words:
                 values["words"] = words
             audio, problem = _recording(cut, supervision, folder), _problem(cut, supervision)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             yield Row(where, values, problem=f"the supervision does not parse ({type(error).__name__}: {error})")
             continue
         yield Row(where, values, audio, problem)

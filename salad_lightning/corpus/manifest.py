@@ -84,7 +84,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
             kind = list if name in _JSON_COLUMNS else (int, float)
             try:
                 values[name] = json.loads(values[name])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"`{name}` does not parse ({error})", where=where) from error
             if not isinstance(values[name], kind):
                 raise UserError(f"`{name}` is {values[name]!r}", where=where, cure="see `prepare --help`")
@@ -101,7 +101,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"not JSON ({error})", where=where) from error
             if not isinstance(values, dict):
                 raise UserError("not a JSON object", where=where)

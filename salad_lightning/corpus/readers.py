@@ -13,7 +13,7 @@ from salad_lightning.corpus.hugging_face import read_hugging_face
 from salad_lightning.corpus.lhotse import read_lhotse
 from salad_lightning.corpus.manifest import Row, read_rows
 from salad_lightning.corpus.recordings import AudioFile, TarMember
-from salad_lightning.data.tars import StrictTarInfo, check_member
+from salad_lightning.data.tars import StrictTarInfo, check_end, check_member
 from salad_lightning.errors import UserError
 
 __all__ = ["READERS", "read_librispeech", "read_manifest", "read_tars", "read_text"]
@@ -60,7 +60,7 @@ def read_librispeech(folder: str) -> Iterator[Row]:
     """Utterances of a folder like LibriSpeech's: ``**/*.trans.txt`` (``id TEXT`` a line) beside ``{id}.flac``.
 
     Raises:
-        UserError: If there is no transcript file.
+        UserError: If there is no transcript file, or one is not UTF-8.
     """
     from salad_lightning.data.format import AUDIO_EXTENSIONS  # here: it brings torch, and `--help` should not wait
 
@@ -68,7 +68,11 @@ def read_librispeech(folder: str) -> Iterator[Row]:
     if not transcripts:
         raise UserError("no *.trans.txt file is there", where=folder, cure="give a folder like LibriSpeech's")
     for path in transcripts:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8 ({error})", where=str(path), cure="convert it to UTF-8") from error
+        for number, line in enumerate(lines, 1):
             name, _, text = line.strip().partition(" ")
             if not name:
                 continue
@@ -116,6 +120,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes | TarMember]]:
                     yield key, extension, file.read() if file else b""
                 elif extension in AUDIO_EXTENSIONS:
                     yield key, extension, TarMember(path, member.offset_data, member.size)
+            check_end(tar)
     except UserError as error:
         raise UserError(error.what, where=path, cure=error.cure) from error
     except (tarfile.TarError, EOFError, ValueError, OSError) as error:
@@ -136,7 +141,7 @@ def _sample(path: str, key: str, members: dict[str, Any]) -> Row:
             values["key"] = key
         if "txt" in members:
             values["text"] = members["txt"].decode().strip()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(where, values, audio, f"the sample does not parse ({error})")
     return Row(where, values, audio, "" if audio or "encoded" not in values else "the audio is already encoded")
 

@@ -56,8 +56,9 @@ class AudioFile(Recording):
         """See `Recording.read`; a part is read without decoding what lies before it."""
         try:
             return Path(self.path).read_bytes() if self.duration_s is None else self._read_part(self.duration_s)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror})", cure="check the path") from error
+        except (OSError, ValueError) as error:  # of a path with a null byte or half of a surrogate pair
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{self.path} cannot be read ({reason})", cure="check the path") from error
 
     def _read_part(self, duration_s: float) -> bytes:
         # Here, because `prepare --help` imports this module.

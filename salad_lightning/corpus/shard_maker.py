@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> li
         if not isinstance(text, str) or not text.strip():
             cure = "fill it, drop the row, or name another column with --text-column"
             raise _Broken("no text", f"there is no text in column `{job.text_column}`", cure)
-        record = json.loads(json.dumps({**record, "text": text}, default=str))  # dates of parquet become text
+        record = _as_json({**record, "text": text})
         if not job.has_audio:
             return [Sample(key, record)]
         if row.audio is None:
@@ -114,6 +115,15 @@ def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> li
     except _Broken as broken:
         rejected.append(Rejection(row.where, key, *broken.args))
         return []
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """As it will be read from the shard: dates of parquet become text."""
+    try:
+        record: dict[str, Any] = json.loads(json.dumps(values, default=str, ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:  # JSON escapes can spell half of a surrogate pair
+        raise _Broken("broken row", f"the row is not Unicode text ({error})", "write the row again") from error
+    return record
 
 
 def _load(job: ShardJob, recording: Recording, record: dict[str, Any], where: str) -> _Clip:
@@ -127,11 +137,21 @@ def _load(job: ShardJob, recording: Recording, record: dict[str, Any], where: st
         words = parse_words(record.pop("words", None), "")
     except UserError as error:
         raise _Broken("bad word times", error.what, error.cure) from error
+    if "speech_end_s" in record:
+        _check_end(record)
     seconds = len(audio) / rate
     if words and words[-1].end_s > seconds + TIME_SLACK_S:
         raise _Broken("bad word times", f"the last word ends at {words[-1].end_s} s, the audio at {seconds:.2f} s")
     clip = _Clip(audio, rate, words)
     return _trimmed(clip, record) if job.trim else clip
+
+
+def _check_end(record: dict[str, Any]) -> None:
+    end_s = record["speech_end_s"]
+    if end_s is None:  # an empty cell of parquet
+        del record["speech_end_s"]
+    elif not isinstance(end_s, int | float) or not 0 <= end_s < math.inf:
+        raise _Broken("broken row", f"`speech_end_s` is {end_s!r}, not seconds", "give seconds, or leave it out")
 
 
 def _trimmed(clip: _Clip, record: dict[str, Any]) -> _Clip:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 
 from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.rules import Rejection
 from salad_lightning.corpus.written_shard import Sample, write_shard
-from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.audio import as_float, encode_flac, resample
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Speech, Synthesizer
 from salad_lightning.registry import load_all
@@ -104,7 +103,7 @@ def _speak(job: SpeechJob, key: str, row: Row) -> Sample:
     duration_s = _duration(speech, engine.sample_rate_hz)
     audio, rate = speech.audio, engine.sample_rate_hz
     if job.sample_rate_hz is not None and job.sample_rate_hz != rate:
-        audio = torchaudio.functional.resample(torch.from_numpy(audio), rate, job.sample_rate_hz).numpy()
+        audio = resample(as_float(audio), rate, job.sample_rate_hz, "--sample-rate")
         rate = job.sample_rate_hz
     record |= {
         "text": text,
@@ -112,7 +111,10 @@ def _speak(job: SpeechJob, key: str, row: Row) -> Sample:
         "speaker": ",".join(f"{name}={value}" for name, value in json.loads(voice).items()) or job.synthesizer,
         "seconds": round(duration_s, 3),
     }
-    record = json.loads(json.dumps(record, default=str))  # dates of parquet become text
+    try:
+        record = json.loads(json.dumps(record, default=str, ensure_ascii=False).encode())  # dates become text
+    except UnicodeEncodeError as error:  # JSON escapes can spell half of a surrogate pair
+        raise _Unspoken("broken row", f"the row is not Unicode text ({error})") from error
     return Sample(key, record, encode_flac(audio, rate), seconds=record["seconds"])
 
 

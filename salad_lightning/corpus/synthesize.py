@@ -27,7 +27,7 @@ from salad_lightning.corpus.pool import map_in_order
 from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
 from salad_lightning.errors import UserError
 
-__all__ = ["add_arguments", "run", "synthesize"]
+__all__ = ["add_arguments", "run", "synthesize", "voice_of"]
 
 _FAILED = "failed.jsonl"
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         args.manifest,
         args.output,
         synthesizer=args.synthesizer,
-        voices=[_voice(text) for text in args.voice],
+        voices=[voice_of(text) for text in args.voice],
         seed=args.seed,
         workers=args.workers,
         source=args.source,
@@ -155,7 +155,12 @@ def synthesize(
         return _publish(space, note, source, settings, reports)
 
 
-def _voice(text: str) -> dict[str, Any]:
+def voice_of(text: str) -> dict[str, Any]:
+    """A ``--voice``: settings in YAML.
+
+    Raises:
+        UserError: If it is no mapping.
+    """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -136,7 +136,8 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
 def write_aside(path: Path, text: str) -> None:
     """Write a file under its final name only when it is complete."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
+    # Paths and rows that are listed as broken may hold what is no UTF-8.
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import expand_shards
 from salad_lightning.errors import UserError
 
-__all__ = ["Sample", "shards_by_name", "write_shard"]
+__all__ = ["Sample", "shard_digest", "shards_by_name", "write_shard"]
 
 
 class Sample(NamedTuple):
@@ -55,22 +56,29 @@ def write_shard(
     Returns:
         The report: digest, name, SHA-256 (empty where there was no sample, and no file is written), number of samples,
         seconds, and the facts.
+
+    Raises:
+        UserError: If a key occurs twice.
     """
     # A folder of this process alone: one that was killed may still be writing.
     aside = folder / f"{name}.{os.getpid()}"
-    count, seconds, sha256 = 0, 0.0, ""
+    keys, seconds, sha256 = set[str](), 0.0, ""
     try:
         with ShardWriter(aside, name.removesuffix(".tar"), samples_per_shard=0) as writer:
             for sample in samples:
+                if sample.key in keys:
+                    raise UserError(
+                        "the key occurs twice", where=f"{name}: {sample.key}", cure="give every sample its own key"
+                    )
                 writer.write(sample.key, sample.record, sample.content, sample.extension)
-                count += 1
+                keys.add(sample.key)
                 seconds += sample.seconds
-        if count:
+        if keys:
             sha256 = sha256_of(aside / name)
             os.replace(aside / name, folder / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    report = {"digest": digest, "name": name, "sha256": sha256, "num_samples": count, "seconds": round(seconds, 3)}
+    report = {"digest": digest, "name": name, "sha256": sha256, "num_samples": len(keys), "seconds": round(seconds, 3)}
     report |= facts()
     write_aside(folder / f"{name}.json", json.dumps(report))
     return report
@@ -80,14 +88,24 @@ def shards_by_name(shards: str | Sequence[str]) -> dict[str, str]:
     """File name to path of shards that are to be written again under their names.
 
     Raises:
-        UserError: If one is missing, or two have one name.
+        UserError: If one is missing or does not end in ``.tar``, or two have one name.
     """
     paths: dict[str, str] = {}
     for path in expand_shards(shards):
         name = Path(path).name
+        if not name.endswith(".tar"):
+            raise UserError("the name does not end in .tar", where=path, cure="rename it")
         if name in paths:
             raise UserError(
                 f"{paths[name]} and {path} have one name", where="shards", cure="write them into two folders"
             )
         paths[name] = path
     return paths
+
+
+def shard_digest(made_with: Sequence[Any], path: str) -> str:
+    """Of everything that decides what becomes of a shard: how it is made, its path, and its content.
+
+    Tars are padded to whole blocks, so that a corrected text seldom changes their size.
+    """
+    return hashlib.sha256(json.dumps([*made_with, path, sha256_of(Path(path))]).encode()).hexdigest()

@@ -73,9 +73,7 @@ def decode_audio(
     mono: NDArray[Any] = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
-    if rate * sample_rate_hz > _MAX_KERNEL * math.gcd(rate, sample_rate_hz) ** 2:
-        raise UserError(f"{rate} Hz is no usual sample rate", where=where, cure=f"convert it to {sample_rate_hz} Hz")
-    return resample(as_float(mono), rate, sample_rate_hz), sample_rate_hz
+    return resample(as_float(mono), rate, sample_rate_hz, where), sample_rate_hz
 
 
 def as_float(audio: NDArray[Any]) -> NDArray[np.float32]:
@@ -99,8 +97,22 @@ def check_length(num_samples: int, num_channels: int, sample_rate_hz: int, where
         )
 
 
-def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
-    """Audio ``[L]`` at another rate, ``[L']`` (sinc interpolation of torchaudio)."""
+def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int, where: str = "") -> NDArray[np.float32]:
+    """Audio ``[L]`` at another rate, ``[L']`` (sinc interpolation of torchaudio).
+
+    Args:
+        audio: ``[L]``.
+        from_hz: Its rate.
+        to_hz: The rate wanted.
+        where: For messages.
+
+    Raises:
+        UserError: If the rates have next to nothing in common.
+    """
+    if from_hz * to_hz > _MAX_KERNEL * math.gcd(from_hz, to_hz) ** 2:
+        raise UserError(
+            f"{from_hz} Hz or {to_hz} Hz is no usual sample rate", where=where, cure="use a usual one, such as 16000"
+        )
     resampled = _resampler(from_hz, to_hz)(torch.from_numpy(np.ascontiguousarray(audio)))
     return np.ascontiguousarray(resampled.numpy())
 

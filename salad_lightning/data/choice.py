@@ -10,7 +10,7 @@ from salad_lightning.data.format import Utterance, decode, read_shard
 from salad_lightning.data.segments import Document
 from salad_lightning.data.sources import expand_shards
 from salad_lightning.data.spec import SequenceSpec
-from salad_lightning.data.template import Piece, TemplateDocuments, check_length, join_pieces
+from salad_lightning.data.template import Heard, Piece, TemplateDocuments, check_length, join_pieces
 from salad_lightning.errors import UserError
 
 __all__ = ["ChoiceDocuments", "right_choice"]
@@ -61,13 +61,16 @@ class ChoiceDocuments(DocumentBuilder):
 
         Raises:
             UserError: If a field is missing, ``answer`` is none of the choices, an option has no token, there is no
-                such example, or the question alone is longer than the context.
+                such example, some of the speech is audio and some pre-encoded, or the question alone is longer than the
+                context.
         """
         builder = _builder(self._prompt(utterance), self.control)
         right_choice(utterance)
         heard = builder.hear(utterance, spec)
         options = [(choice, builder.piece(utterance, text, heard)) for choice, text in builder.answers(utterance)]
-        examples = [self._example(shot, spec) for shot in self._examples_of(utterance, spec)]
+        shots = self.examples_of(utterance, spec)
+        examples = [self._example(shot, spec) for shot in shots]
+        _check_alike([*zip(shots, (piece.heard for piece in examples), strict=True), (utterance, heard)])
         for count in range(len(examples), -1, -1):
             pieces = [piece._replace(text=piece.text + self.separator) for piece in examples[:count]]
             documents = [join_pieces([*pieces, piece], utterance, choice, spec) for choice, piece in options]
@@ -87,16 +90,24 @@ class ChoiceDocuments(DocumentBuilder):
             )
         return prompt
 
-    def _examples_of(self, utterance: Utterance, spec: SequenceSpec) -> Sequence[Utterance]:
+    def examples_of(self, utterance: Utterance, spec: SequenceSpec) -> Sequence[Utterance]:
+        """The examples that may come before a question, in order; as many are taken as fit the context.
+
+        Raises:
+            UserError: If the question names one that is not there.
+        """
         if self.shots is None or not self.num_shots:
             return []
         known = _examples(self.shots, spec.sample_rate_hz)
         wanted = utterance.fields.get("shots")
         if wanted is None:  # never the question itself, should it be among them
             return [shot for shot in known.values() if shot.text != utterance.text][: self.num_shots]
-        if not isinstance(wanted, list) or (missing := [key for key in wanted if key not in known]):
-            what = f"there is no example {missing[0]!r}" if isinstance(wanted, list) else "`shots` is no list of keys"
-            raise UserError(what, where=utterance.where, cure=f"check the keys in {self.shots}")
+        if not isinstance(wanted, list) or not all(isinstance(key, str) for key in wanted):
+            raise UserError(f"`shots` is {wanted!r}, no list of keys", where=utterance.where)
+        if missing := [key for key in wanted if key not in known]:
+            raise UserError(
+                f"there is no example {missing[0]!r}", where=utterance.where, cure=f"check the keys in {self.shots}"
+            )
         return [known[key] for key in wanted][: self.num_shots]
 
     def _example(self, shot: Utterance, spec: SequenceSpec) -> Piece:
@@ -121,11 +132,23 @@ def right_choice(utterance: Utterance) -> int:
     return answer
 
 
+def _check_alike(heard: Sequence[tuple[Utterance, Heard | None]]) -> None:
+    """Refuse audio beside pre-encoded speech in a document; the question comes last."""
+    places = {speech.encoded: utterance.where for utterance, speech in heard if speech is not None}
+    if len(places) > 1:
+        raise UserError(
+            f"the speech of {places[True]} is pre-encoded, and that of {places[False]} is audio",
+            where=heard[-1][0].where,
+            cure="encode both the questions and the `shots`, or neither",
+        )
+
+
 @functools.lru_cache(maxsize=64)
 def _builder(template: str, control: Control) -> TemplateDocuments:
-    if "{answer}" not in template:
+    builder = TemplateDocuments(template, all_choices=True, control=control)
+    if "answer" not in builder.names:
         raise UserError(f"{template!r} has no place for the {{answer}}", where="template", cure="put {answer} in it")
-    return TemplateDocuments(template, all_choices=True, control=control)
+    return builder
 
 
 @functools.lru_cache(maxsize=8)

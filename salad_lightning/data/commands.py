@@ -30,7 +30,11 @@ class CommandFile:
     def __init__(self, path: str) -> None:
         # A session of its own, so that all of a pipeline can be ended.
         self._process = subprocess.Popen(
-            path.removeprefix(_SCHEME), shell=True, stdout=subprocess.PIPE, start_new_session=True
+            path.removeprefix(_SCHEME),
+            shell=True,
+            stdin=subprocess.DEVNULL,  # or it would wait for, or take, what is typed
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         assert self._process.stdout is not None  # asked for
         self._output = self._process.stdout

@@ -227,8 +227,12 @@ class SpeechDataModule(LightningDataModule):
         }
 
     def _fingerprint(self) -> str:
+        # `max_epochs` only where there is one, so that checkpoints made before it was noted stay good.
         sources = [
-            [source.name, source.weight, source.documents.fingerprint(), _files(shard_paths(source))]
+            [
+                *(source.name, source.weight, source.documents.fingerprint(), _files(shard_paths(source))),
+                *([] if source.max_epochs is None else [source.max_epochs]),
+            ]
             for source in self.train or []
         ]
         settings = [self.seed, self.shuffle_block, self.lookahead, self.rows_per_batch, self._spec().context]

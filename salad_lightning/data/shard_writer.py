@@ -44,7 +44,7 @@ class ShardWriter:
         """Append a sample.
 
         Args:
-            key: Unique; without ``.``, which WebDataset takes for the start of the extension.
+            key: Unique; without ``.`` behind the last ``/``, which WebDataset takes for the start of the extension.
             record: The JSON, with ``text``.
             audio: Content of an audio or ``.npy`` file, or None for plain text.
             extension: Its extension, one of `AUDIO_EXTENSIONS` or `ENCODED_EXTENSIONS`.
@@ -52,7 +52,7 @@ class ShardWriter:
         Raises:
             ValueError: If the key has a dot or was used, or the extension is not read back.
         """
-        if "." in key or not key or key in self._keys:
+        if "." in key.rpartition("/")[2] or not key or key in self._keys:
             raise ValueError(f"keys must be new and without a dot, got {key!r}")
         if extension not in (*AUDIO_EXTENSIONS, *ENCODED_EXTENSIONS):
             raise ValueError(f"the extension {extension!r} is none of {AUDIO_EXTENSIONS + ENCODED_EXTENSIONS}")

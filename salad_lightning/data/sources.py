@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from salad_lightning.data.storage import expand_remote, is_remote
 from salad_lightning.errors import UserError
 
 __all__ = ["Source", "check_sources", "expand_shards", "shard_paths"]
+
+_RANGE = re.compile(r"(\{\d+\.\.\d+\})")
 
 
 @dataclass
@@ -33,8 +37,10 @@ class Source:
             every reader skips 5 of each in any case, unless this is 0. By default 0.001 in training, and 0 in
             evaluation, whose results would change with what is left out.
         allow_pipe: Whether shards may be ``pipe:`` and a shell command that writes a tar, which **runs** with all your
-            rights; braces in it are expanded as in paths.
-        max_epochs: How often training reads it before it leaves the mixture to the others; by default, without end.
+            rights. Of the braces in it, ``{000000..000009}`` alone is expanded, to that many commands; the rest is
+            the shell's.
+        max_epochs: How often training reads it before it leaves the mixture to the others; by default, without end. A
+            checkpoint is resumed with the same number only.
     """
 
     shards: str | list[str]
@@ -56,7 +62,8 @@ def shard_paths(source: Source) -> list[str]:
     """Files of a source, sorted.
 
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is a command and `allow_pipe` is off.
+        UserError: If a path is missing or has an unbalanced brace, a folder holds no shard, or a path is a command and
+            `allow_pipe` is off.
     """
     if not source.shards:
         raise UserError(f"source {source.name!r} lists no shards", where="shards", cure="give a folder of .tar files")
@@ -72,7 +79,8 @@ def expand_shards(shards: str | Sequence[str], *, remote: bool = False, allow_pi
         allow_pipe: Whether ``pipe:`` commands are.
 
     Raises:
-        UserError: If a path is missing, a folder holds no shard, or a path is an unwanted command or address.
+        UserError: If a path is missing or has an unbalanced brace, a folder holds no shard, or a path is an unwanted
+            command or address.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     return sorted({path for pattern in patterns for path in _expand(pattern, remote, allow_pipe)})
@@ -111,15 +119,15 @@ def check_sources(sources: Sequence[Source], where: str) -> None:
 
 def _expand(pattern: str, remote: bool, allow_pipe: bool) -> list[str]:
     if allow_pipe and is_command(pattern):
-        return list(braceexpand.braceexpand(pattern))
+        return _commands(pattern)
     if is_remote(pattern):
         if not remote:
             raise UserError(
                 "only local files are read here", where=pattern, cure="download the shards or mount their storage"
             )
-        return [path for address in braceexpand.braceexpand(pattern) for path in expand_remote(address)]
+        return [path for address in _braces(pattern) for path in expand_remote(address)]
     paths: list[str] = []
-    for path in braceexpand.braceexpand(pattern):
+    for path in _braces(pattern):
         if os.path.isdir(path):
             found = glob.glob(os.path.join(glob.escape(path), "*.tar"))
             if not found:
@@ -134,3 +142,18 @@ def _expand(pattern: str, remote: bool, allow_pipe: bool) -> list[str]:
             raise UserError("the shard does not exist", where=path, cure="check the path")
         paths += found
     return paths
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(
+            "a brace has no partner", where=pattern, cure="close it, or put a backslash before one that is of the name"
+        ) from error
+
+
+def _commands(command: str) -> list[str]:
+    # Only what numbers shards, and what no `sh` expands: all other braces, and backslashes, are the shell's or awk's.
+    parts = [_braces(part) if number % 2 else [part] for number, part in enumerate(_RANGE.split(command))]
+    return ["".join(chosen) for chosen in itertools.product(*parts)]

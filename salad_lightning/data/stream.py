@@ -270,7 +270,8 @@ class _Mixture:
             raise UserError(
                 "every source has been read as often as it may be",
                 where="data.train",
-                cure="lower `max_steps`, or raise `max_epochs` of a source or leave it out",
+                cure="lower `max_steps`; or raise `max_epochs` of a source or leave it out, and start afresh from the "
+                "weights alone (`init_from`): a checkpoint is resumed with the same `max_epochs` only",
             )
         return left
 

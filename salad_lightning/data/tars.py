@@ -8,10 +8,12 @@ from typing import Any
 
 from salad_lightning.errors import UserError
 
-__all__ = ["MAX_MEMBER_BYTES", "StrictTarInfo", "check_member", "read_members"]
+__all__ = ["MAX_MEMBER_BYTES", "StrictTarInfo", "check_end", "check_member", "read_members"]
 
 MAX_MEMBER_BYTES = 2**30
 """Larger members are refused: none of ours comes near, and all of it would be read into memory."""
+
+_CHUNK = 65_536
 
 _MAX_NAME = 4096
 """The longest path of Linux; splitting a name into key and extension takes quadratic time."""
@@ -46,10 +48,11 @@ def read_members(file: Any, is_read: Callable[[str], bool]) -> Iterator[tuple[st
         is_read: Whether a name is wanted; the others' contents are not read.
 
     Raises:
-        UserError: For a name that leads out of the archive, is no UTF-8 or absurdly long, and for absurd sizes.
+        UserError: For a name that leads out of the archive, is no UTF-8 or absurdly long, for absurd sizes, and if
+            anything follows the tar.
         TarError: If the tar is damaged or was cut off.
     """
-    with tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo, bufsize=65_536) as tar:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo, bufsize=_CHUNK) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # or they would be kept to the end
             if not member.isreg() or not is_read(member.name):
@@ -59,6 +62,23 @@ def read_members(file: Any, is_read: Callable[[str], bool]) -> Iterator[tuple[st
             content = tar.extractfile(member)
             assert content is not None  # it is a regular file
             yield member.name, content.read()
+        check_end(tar)
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """Refuse what follows a tar whose members were all read: `tarfile` stops at the first block of zeros.
+
+    The file is read to its end, where a command that failed says so.
+
+    Raises:
+        UserError: If there is more than zeros.
+    """
+    assert tar.fileobj is not None  # it is open
+    while chunk := tar.fileobj.read(_CHUNK):
+        if chunk.strip(b"\0"):
+            raise UserError(
+                "a second tar follows the first, or something else does", cure="list the tars one by one, not joined"
+            )
 
 
 def check_member(member: tarfile.TarInfo) -> None:

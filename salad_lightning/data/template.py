@@ -28,11 +28,13 @@ class Heard(NamedTuple):
         clip: ``[L]`` samples, or ``[T, …]`` what the encoder stored.
         num_frames: Encoder frames.
         seconds: Duration.
+        encoded: Whether it is what the encoder stored.
     """
 
     clip: NDArray[Any]
     num_frames: int
     seconds: float
+    encoded: bool
 
 
 class Piece(NamedTuple):
@@ -68,7 +70,7 @@ class TemplateDocuments(DocumentBuilder):
         control: "muted" silences the audio, "shuffled" puts another utterance's audio in its place, "none" leaves it.
 
     Raises:
-        UserError: If the template has a part twice or cannot be parsed.
+        UserError: If the template has a part twice, a format or a conversion, or cannot be parsed.
     """
 
     def __init__(
@@ -82,11 +84,16 @@ class TemplateDocuments(DocumentBuilder):
         self.template, self.all_choices = template, all_choices
         try:
             names = self.names
+            is_plain = not any(form or conversion for *_, form, conversion in string.Formatter().parse(template))
         except ValueError as error:
             raise UserError(f"{template!r} does not parse ({error})", where="template") from error
         if names.count("speech") > 1 or names.count("answer") > 1 or "" in names:
             raise UserError(
                 f"{template!r} must name its fields, with {{speech}} and {{answer}} at most once each", where="template"
+            )
+        if not is_plain:  # the transcript, formatted, is not what is spoken
+            raise UserError(
+                f"{template!r} formats or converts a field", where="template", cure="leave out what follows `:` or `!`"
             )
 
     @property
@@ -116,7 +123,7 @@ class TemplateDocuments(DocumentBuilder):
         Raises:
             UserError: If ``answer`` or ``choices`` are missing, or do not go together.
         """
-        if "{answer}" not in self.template:
+        if "answer" not in self.names:
             return [(None, "")]
         answer, choices = utterance.fields.get("answer"), utterance.fields.get("choices")
         if choices is None and isinstance(answer, str):
@@ -144,7 +151,7 @@ class TemplateDocuments(DocumentBuilder):
             UserError: If it is shorter than a frame, or was encoded by another encoder.
         """
         num_samples, rate = utterance.num_samples, spec.sample_rate_hz
-        if not num_samples or "{speech}" not in self.template:
+        if not num_samples or "speech" not in self.names:
             return None
         self._check_encoded(utterance, spec)
         end_s = utterance.fields.get("speech_end_s", num_samples / rate)
@@ -162,14 +169,14 @@ class TemplateDocuments(DocumentBuilder):
             )
         if utterance.encoded is None:
             assert utterance.audio is not None
-            return Heard(self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate)
+            return Heard(self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate, False)
         if cut and not spec.causal:
             raise UserError(
                 "the end cannot be cut off what this encoder made of the whole utterance: its frames hear what follows",
                 where=utterance.where,
                 cure="use shards of audio for this source",
             )
-        return Heard(utterance.encoded.data[:num_frames], num_frames, num_samples / rate)
+        return Heard(utterance.encoded.data[:num_frames], num_frames, num_samples / rate, True)
 
     def piece(self, utterance: Utterance, answer: str, heard: Heard | None) -> Piece:
         """The template filled in.
@@ -184,7 +191,7 @@ class TemplateDocuments(DocumentBuilder):
         """
         known: dict[str, Any] = {**utterance.fields, "text": utterance.text, "speech": utterance.text, "answer": answer}
         text, ranges = "", {}
-        for literal, name, form, _ in string.Formatter().parse(self.template):
+        for literal, name, _, _ in string.Formatter().parse(self.template):
             text += literal
             if name is None:
                 continue
@@ -194,7 +201,7 @@ class TemplateDocuments(DocumentBuilder):
                     where=utterance.where,
                     cure="use one of " + ", ".join(sorted(known)),
                 )
-            value = format(known[name], form or "")
+            value = str(known[name])
             ranges[name] = (len(text), len(text) + len(value))
             text += value
         words = max(len(utterance.text.split()), 1)
@@ -207,7 +214,7 @@ def join_pieces(
     """One document of filled-in templates, one after the other; the last one's answer carries the loss.
 
     Args:
-        pieces: Examples, and what is asked.
+        pieces: Examples, and what is asked; what is heard of them is all audio, or all pre-encoded.
         utterance: What is asked.
         choice: Which of its options the last piece spells.
         spec: Of the model.
@@ -237,7 +244,7 @@ def join_pieces(
             edges = [begin + edge for edge in piece.speech]
             first, stop = (int(edge) + len(bos) for edge in np.searchsorted(tokens.last_char, edges))
             if stop > first:
-                clip, frames, seconds = piece.heard
+                clip, frames, seconds, _ = piece.heard
                 positions = spec.num_positions(frames, piece.num_words)
                 spans.append(SpeechSpan(first, stop, len(clips), 0, frames, piece.num_words, positions, seconds))
                 clips.append(clip)
@@ -247,7 +254,8 @@ def join_pieces(
     for span in spans:
         predicted[span.start : span.stop] = False
     info = DocumentInfo(utterance.key, utterance.source, utterance.fields, choice)
-    return Document(token_ids, predicted, info, spans, clips, utterance.encoded is not None)
+    encoded = any(piece.heard.encoded for piece in pieces if piece.heard is not None)
+    return Document(token_ids, predicted, info, spans, clips, encoded)
 
 
 def check_length(document: Document, utterance: Utterance, spec: SequenceSpec) -> None:

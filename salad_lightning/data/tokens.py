@@ -63,7 +63,13 @@ def bos_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedText:
     """Tokenise without special tokens, keeping which characters each token covers."""
     # The backend itself: no warning on texts longer than the model, which are split later, and several times faster.
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    backend = tokenizer.backend_tokenizer
+    # It cuts and pads as its file says, or as the last call of the tokenizer did.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    encoding = backend.encode(text, add_special_tokens=False)
     first, last = [], []
     length = len(text)
     for start, stop in encoding.offsets:

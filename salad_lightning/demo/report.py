@@ -90,7 +90,7 @@ def _plot_gap(rows: list[dict[str, Any]], order: list[str], shares: dict[str, fl
     ticks = [f"{name}\n{shares[name]:.1%}" for name in order]
     axes.set_xticks([x + width * len(rows) / 2 for x in range(len(order))], ticks, fontsize=8)
     axes.set(ylim=(0, 1.25), ylabel="accuracy", xlabel="domain, and its share of the natural speech heard in training")
-    axes.set_title("Answering questions: text against speech (unseen sentences, unseen voices)")
+    axes.set_title("Answering questions: text against speech (sentences and voices not heard in training)")
     axes.legend(fontsize=8, ncols=4, loc="upper center")
     _save(figure, path)
 
@@ -166,7 +166,7 @@ def plot_selection(root: Path, order: list[str], path: Path) -> None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="The miniature: unseen sentences, unseen voices; chance is 0.25")
+    table = Table(title="The miniature: sentences and voices not heard in training; chance is 0.25")
     table.add_column("stage and arm")
     for row in rows:
         table.add_column(_SHORT.get(row["name"], row["name"]), justify="right")

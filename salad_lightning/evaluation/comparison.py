@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,10 @@ Right = Mapping[str, bool]
 
 
 def compare(
-    right: Mapping[str, Mapping[str, Right]], figures: Mapping[str, Mapping[str, Any]], cascades: Mapping[str, str]
+    right: Mapping[str, Mapping[str, Right]],
+    figures: Mapping[str, Mapping[str, Any]],
+    cascades: Mapping[str, str],
+    controls: Collection[str] = (),
 ) -> dict[str, Any]:
     """Accuracies, gaps and their intervals.
 
@@ -30,6 +33,7 @@ def compare(
         right: Task → accuracy's name → item → whether it was answered rightly, as `GapReport.right`.
         figures: Task → figure → value, as `GapReport.overall`.
         cascades: Task → the set of its transcripts, whose ``base_text_accuracy`` is the cascade's.
+        controls: Tasks whose speech is muted or another item's; they are left out of the mean.
 
     Returns:
         ``{"tasks": {name: {"items", "rows": {label: {"accuracy", "interval", "gap", "gap_interval"}}, causes …}},
@@ -48,18 +52,18 @@ def compare(
             "rows": {label: _row(mine, rows[BASE]) for label, mine in rows.items()},
             **causes,
         }
-    labels = [label for label in (BASE, TEXT, SPEECH, CASCADE) if all(label in task["rows"] for task in tasks.values())]
+    counted = [task["rows"] for name, task in tasks.items() if name not in controls]
     mean = {
-        label: {key: fmean(task["rows"][label][key] for task in tasks.values()) for key in ("accuracy", "gap")}
-        for label in labels
-        if tasks
+        label: {key: fmean(rows[label][key] for rows in counted) for key in ("accuracy", "gap")}
+        for label in (BASE, TEXT, SPEECH, CASCADE)
+        if counted and all(label in rows for rows in counted)
     }
     return {"tasks": tasks, "mean": mean}
 
 
 def _row(mine: Right, base: Right) -> dict[str, Any]:
     gaps = [float(base[key]) - float(mine[key]) for key in base]
-    values = [float(flag) for flag in mine.values()]
+    values = [float(mine[key]) for key in base]
     return {
         "accuracy": fmean(values),
         "interval": bootstrap_interval(values),
@@ -100,7 +104,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "",
         "The option with the highest mean log-probability per token wins. Gap: accuracy of the base LLM on text − the "
         "row's, over the same items. M (misalignment) and F (forgetting): nats per token of the right options. "
-        "Intervals: percentile bootstrap over items; those of gaps over pairs.",
+        "Intervals: percentile bootstrap over items; those of gaps over pairs. The mean leaves controls out.",
         "",
     ]
     for key in ("model", "recognizer"):
@@ -137,13 +141,12 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     labels = [label for label in (BASE, TEXT, SPEECH, CASCADE) if any(label in t["rows"] for t in tasks.values())]
     figure, axes = plt.subplots(figsize=(2.5 + 1.6 * len(tasks), 4), constrained_layout=True)
     for number, label in enumerate(labels):
-        for at, task in enumerate(tasks.values()):
-            if label in task["rows"]:
-                row = task["rows"][label]
-                low, high = row["interval"]
-                error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
-                axes.bar(at + 0.2 * number, row["accuracy"], 0.2, yerr=error, capsize=2, color=f"C{number}",
-                         label=label if not at else None)  # fmt: skip
+        rows = {at: task["rows"][label] for at, task in enumerate(tasks.values()) if label in task["rows"]}
+        heights = [row["accuracy"] for row in rows.values()]
+        errors = [[max(row["accuracy"] - row["interval"][0], 0) for row in rows.values()],
+                  [max(row["interval"][1] - row["accuracy"], 0) for row in rows.values()]]  # fmt: skip
+        places = [at + 0.2 * number for at in rows]
+        axes.bar(places, heights, 0.2, yerr=errors, capsize=2, color=f"C{number}", label=label)
     axes.set_xticks([at + 0.1 * (len(labels) - 1) for at in range(len(tasks))], list(tasks))
     axes.set(ylim=(0, 1), ylabel="accuracy, with 95 % interval")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from salad_lightning.batch import Prediction, SpeechBatch
+from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.evaluation.bootstrap import Interval, bootstrap_interval
 from salad_lightning.evaluation.metrics import MeanPerToken, after_speech, forgetting, misalignment
 from salad_lightning.evaluation.spoken_choice import SpokenChoice, right_option
@@ -112,7 +113,7 @@ class GapReport:
             for key in (group, "all"):
                 self._means[name, key].update(values.cpu(), mask.cpu())
 
-    def gather(self, device: torch.device) -> None:
+    def gather(self) -> None:
         """Join what all ranks collected (a no-op in one process)."""
         for choice in self._choices.values():
             choice.gather()
@@ -172,9 +173,7 @@ class GapReport:
         }
         items = {name: r.right() for name, r in reports.items()}
         for file, value in ((path, content), (path.with_name("items.json"), items)):
-            aside = file.with_suffix(".part")
-            aside.write_text(json.dumps(value, indent=1))
-            aside.replace(file)
+            write_aside(file, json.dumps(value, indent=1))
         for name, report in reports.items():
             report.print_table(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,19 @@ def _read(path: Path, task: str, limit: int | None, labels: str | Path | None) -
     return questions, examples
 
 
-def _labelled(rows: Iterator[tuple[str, Row]], labels: str | Path | None) -> Iterator[tuple[str, Row]]:
+def _labelled(rows: Iterable[tuple[str, Row]], labels: str | Path | None) -> Iterable[tuple[str, Row]]:
     if labels is None:
-        yield from rows
-        return
-    lines = Path(labels).read_text(encoding="utf-8").split()
-    for (key, row), label in zip(rows, lines, strict=False):
-        yield key, row._replace(values={**row.values, "label": label})
+        return rows
+    lines = [line.strip() for line in Path(labels).read_text(encoding="utf-8").rstrip().split("\n")]
+    rows = list(rows)  # all of them: beside labels of other rows every answer would be wrong
+    if len(lines) != len(rows):
+        raise UserError(
+            f"there are {len(lines)} labels for {len(rows)} rows", where=str(labels), cure="give each row a line"
+        )
+    return [
+        (key, row._replace(values={**row.values, "label": label}))
+        for (key, row), label in zip(rows, lines, strict=True)
+    ]
 
 
 def _values(values: Mapping[str, Any], key: str, task: str, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import pipeline
 
 from salad_lightning.errors import UserError
+from salad_lightning.evaluation.fingerprint import model_name
 
 __all__ = ["Recognizer"]
 
@@ -30,12 +31,12 @@ class Recognizer:
         UserError: If there is no such model.
 
     Attributes:
-        path: As given.
+        name: The path, with a hash of what lies there.
         sample_rate_hz: Of the audio it takes.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu", where: str = "") -> None:
-        self.path = path
+        self.name = model_name(path)
         try:
             built: Any = pipeline("automatic-speech-recognition", model=path, device=device)
             self.sample_rate_hz = int(built.feature_extractor.sampling_rate)

@@ -28,7 +28,7 @@ class SpokenChoice:
 
     def __init__(self) -> None:
         self._scores: dict[str, dict[int, float]] = defaultdict(dict)
-        self._items: dict[str, dict[str, Any]] = {}
+        self._items: dict[str, DocumentInfo] = {}
 
     def update(self, log_probs_M: Tensor, document_M: Tensor, documents: list[DocumentInfo]) -> None:
         """Add the options of one batch; documents that are no option of an item are passed over.
@@ -39,7 +39,7 @@ class SpokenChoice:
             documents: The batch's documents.
 
         Raises:
-            UserError: If an option has no token.
+            UserError: If an option has no token, or two items have one key.
         """
         zeros = torch.zeros(len(documents), dtype=torch.float64, device=log_probs_M.device)
         total = zeros.scatter_add(0, document_M, log_probs_M.double())
@@ -49,19 +49,29 @@ class SpokenChoice:
             if info.choice is not None and not tokens:
                 raise UserError(f"option {info.choice} has no token", where=info.key, cure="give it a text")
             if info.choice is not None:
+                known = self._items.setdefault(info.key, info)
+                if info.choice in self._scores[info.key] or known.fields != info.fields:
+                    raise _one_key(info)
                 self._scores[info.key][info.choice] = mean
-                self._items[info.key] = info.fields
 
     def gather(self) -> None:
-        """Join what all ranks collected (a no-op in one process)."""
+        """Join what all ranks collected (a no-op in one process).
+
+        Raises:
+            UserError: If items of two ranks have one key.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, (dict(self._scores), self._items))
+        self._scores.clear()
+        self._items = {}
         for scores, items in everyone:
-            for key, options in scores.items():
-                self._scores[key].update(options)
-            self._items.update(items)
+            # An item is of one rank, with all its options.
+            if twice := self._items.keys() & items.keys():
+                raise _one_key(items[min(twice)])
+            self._scores.update(scores)
+            self._items |= items
 
     def accuracy(self, group_field: str | None = None) -> dict[str, float]:
         """Share of items whose right option scores highest, 0 to 1.
@@ -74,13 +84,13 @@ class SpokenChoice:
         """
         right: dict[str, list[bool]] = defaultdict(list)
         for key, flag in self.right().items():
-            right["all" if group_field is None else str(self._items[key].get(group_field, "none"))].append(flag)
+            right["all" if group_field is None else str(self._items[key].fields.get(group_field, "none"))].append(flag)
         return {group: sum(flags) / len(flags) for group, flags in sorted(right.items())}
 
     def right(self) -> dict[str, bool]:
         """Item key → whether its right option scores highest; of equal scores the first counts."""
         return {
-            key: max(sorted(options), key=options.__getitem__) == right_option(self._items[key])
+            key: max(sorted(options), key=options.__getitem__) == right_option(self._items[key].fields)
             for key, options in sorted(self._scores.items())
         }
 
@@ -92,3 +102,11 @@ class SpokenChoice:
     def __len__(self) -> int:
         """Items collected."""
         return len(self._scores)
+
+
+def _one_key(info: DocumentInfo) -> UserError:
+    return UserError(
+        "two items have this key",
+        where=f"{info.source}: {info.key}",
+        cure="keys must be unique in a source: make each folder of shards a source of its own",
+    )

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from salad_lightning.data.format import AUDIO_EXTENSIONS, RawSample, Utterance, decode, read_shard
 from salad_lightning.data.sources import expand_shards
+from salad_lightning.data.tolerance import Tolerance
 from salad_lightning.errors import UserError
 
-__all__ = ["Transcript", "Transcripts", "audio_digest"]
+__all__ = ["Transcript", "Transcripts", "audio_digest", "read_shards"]
 
 Hear = Callable[[NDArray[np.float32]], str]
 
@@ -42,7 +43,7 @@ class Transcripts:
 
     Args:
         folder: For ``{name}.jsonl``, to which every transcript is added at once.
-        recognizer: Name of what hears; a folder belongs to one.
+        recognizer: Name of what hears, another one for other weights (`model_name`); a folder belongs to one.
         hear: Clip at ``sample_rate_hz`` to text.
         sample_rate_hz: Hertz.
 
@@ -67,13 +68,23 @@ class Transcripts:
     def read(self) -> None:
         """Take over what other processes have transcribed meanwhile."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                # A line may be cut off, where the run before was killed.
+            # A line may be cut off, inside a character even, where the run before was killed; and it may hold
+            # characters that splitlines() takes for line breaks.
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
                     self._known[row["audio"]] = row["heard"]
 
-    def of(self, shards: str | list[str], name: str, *, part: int = 0, num_parts: int = 1) -> Iterator[Transcript]:
+    def of(
+        self,
+        shards: str | list[str],
+        name: str,
+        *,
+        part: int = 0,
+        num_parts: int = 1,
+        allow_pipe: bool = False,
+        tolerance: Tolerance | None = None,
+    ) -> Iterator[Transcript]:
         """Every ``num_parts``-th sample from number ``part``, in the order of the shards.
 
         Args:
@@ -81,27 +92,38 @@ class Transcripts:
             name: Of the file for new transcripts, and of the progress bar.
             part: Of this process.
             num_parts: Processes that share the work.
+            allow_pipe: As `Source.allow_pipe`.
+            tolerance: Takes note of what cannot be read; by default that is an error.
 
         Raises:
-            UserError: If a sample has no audio, or it cannot be decoded.
+            UserError: If a sample has no audio, or more of them cannot be decoded than may be.
         """
-        samples = (raw for path in expand_shards(shards, remote=True) for raw in read_shard(path))
+        tolerance = tolerance or Tolerance(name)
+        paths = expand_shards(shards, remote=True, allow_pipe=allow_pipe)
+        samples = read_shards(paths, tolerance, allow_pipe=allow_pipe)
         with (self._folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # behind a line that was cut off
             for number, raw in enumerate(tqdm(samples, desc=f"transcribe {name}", unit=" clips")):
-                if number % num_parts == part:
-                    utterance = self._decode(raw)
-                    digest = audio_digest(raw) + str(utterance.fields.get("speech_end_s", ""))
-                    if digest not in self._known:
-                        assert utterance.audio is not None
-                        self._known[digest] = self._hear(utterance.audio)
-                        row = {"audio": digest, "key": raw.key, "heard": self._known[digest]}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        file.flush()
-                    yield Transcript(raw, utterance, self._known[digest])
+                if number % num_parts != part:
+                    continue
+                tolerance.count("sample")
+                try:
+                    utterance = decode(raw, source="", sample_rate_hz=self._rate)
+                except UserError as error:
+                    tolerance.skip("sample", error, raw.shard, raw.key)
+                    continue
+                utterance = self._cut(utterance)
+                digest = audio_digest(raw) + str(utterance.fields.get("speech_end_s", ""))
+                if digest not in self._known:
+                    assert utterance.audio is not None
+                    self._known[digest] = self._hear(utterance.audio)
+                    row = {"audio": digest, "key": raw.key, "heard": self._known[digest]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                yield Transcript(raw, utterance, self._known[digest])
 
-    def _decode(self, raw: RawSample) -> Utterance:
-        utterance = decode(raw, source="", sample_rate_hz=self._rate)
+    def _cut(self, utterance: Utterance) -> Utterance:
+        # Never skipped: whoever takes no audio would have the item all the same.
         if utterance.audio is None:
             raise UserError(
                 "the sample has no audio to be recognized", where=utterance.where, cure="use shards of audio"
@@ -111,6 +133,16 @@ class Transcripts:
             cut = utterance.audio[: max(math.ceil(end_s * self._rate), 1)]
             return Utterance(**{**vars(utterance), "audio": cut})
         return utterance
+
+
+def read_shards(paths: Sequence[str], tolerance: Tolerance, *, allow_pipe: bool = False) -> Iterator[RawSample]:
+    """Samples of shards; of one that breaks off, those before, where ``tolerance`` allows it."""
+    for path in paths:
+        tolerance.count("shard")
+        try:
+            yield from read_shard(path, allow_pipe=allow_pipe)
+        except UserError as error:
+            tolerance.skip("shard", error, path)
 
 
 def audio_digest(raw: RawSample) -> str:

@@ -22,7 +22,8 @@ TASK = "speech-text-generation"
 class SpeechTextGenerationPipeline(Pipeline):
     """Audio in, text out: a file, or ``{"raw": samples, "sampling_rate": hertz}``, as of recognition pipelines.
 
-    Arguments of a call are those of `SpeechLanguageModel.generate`: ``prompt`` and how tokens are chosen.
+    Arguments, of ``pipeline(…)`` or of a call, are those of `SpeechLanguageModel.generate`: ``prompt`` and how tokens
+    are chosen.
     """
 
     # Its processor is none of transformers' own kind, which alone is handed on. Their types are not declared there.
@@ -37,20 +38,22 @@ class SpeechTextGenerationPipeline(Pipeline):
             model, SaladProcessor.from_pretrained(str(model.config.name_or_path))
         )
 
-    def _sanitize_parameters(self, prompt: str = "{speech}", **decoding: Any) -> tuple[dict[str, Any], ...]:
-        how = Decoding(**decoding)
-        return {"prompt": prompt, "max_new_tokens": how.max_new_tokens}, {"decoding": how}, {}
+    def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], ...]:
+        # Only what was given: transformers puts the arguments of a call over those of the construction.
+        decoding = {name: value for name, value in given.items() if name != "prompt"}
+        Decoding(**decoding)  # refuses what is wrong
+        return {name: given[name] for name in ("prompt", "max_new_tokens") if name in given}, decoding, {}
 
     def preprocess(  # type: ignore[override]  # the parameters by name
-        self, input_: Any, prompt: str = "{speech}", max_new_tokens: int = 64
+        self, input_: Any, prompt: str = "{speech}", max_new_tokens: int = Decoding.max_new_tokens
     ) -> dict[str, Any]:
         """A prompt with its audio; refuses what does not fit."""
         audio, rate = (input_["raw"], input_["sampling_rate"]) if isinstance(input_, dict) else (Path(input_), None)
         prepare = self._language_model.prepare
         return {"document": prepare(prompt, audio, sampling_rate=rate, max_new_tokens=max_new_tokens)}
 
-    def _forward(self, input_tensors: Any, decoding: Decoding) -> Any:  # type: ignore[override]  # as above
-        return self._language_model.complete([input_tensors["document"]], decoding)
+    def _forward(self, input_tensors: Any, **decoding: Any) -> Any:
+        return self._language_model.complete([input_tensors["document"]], Decoding(**decoding))
 
     def postprocess(self, model_outputs: Any, **_: Any) -> dict[str, str]:
         """``{"generated_text": …}``."""

@@ -181,7 +181,7 @@ def _stop_ids(hf: Any, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _config(decoding: Decoding, stop: list[int], num_rows: int, vocab_size: int) -> GenerationConfig:
-    """Every setting that a model's own generation config might bring along is said here."""
+    """What a model's own generation config often brings along; what is None here, transformers takes from there."""
     sample = decoding.temperature > 0
     temperature, top_p = (decoding.temperature, decoding.top_p) if sample else (1.0, 1.0)
     return GenerationConfig(  # type: ignore[no-untyped-call]

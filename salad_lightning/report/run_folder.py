@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,9 @@ def read_run(path: str | Path) -> RunFolder:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError("no such folder", where=str(path), cure="give the folder of a run (trainer.default_root_dir)")
-    versions = sorted(folder.glob("logs/version_*"), key=lambda version: int(version.name.rpartition("_")[2]))
+    # A folder that someone has renamed, to put it aside, is no start of this run.
+    starts = (path for path in folder.glob("logs/version_*") if re.fullmatch(r"version_\d+", path.name))
+    versions = sorted(starts, key=lambda version: int(version.name.rpartition("_")[2]))
     run = RunFolder(folder.resolve().name, _metrics(versions), settings=_settings(versions))
     for name in ("fit", "test", "evaluation", "selection"):
         setattr(run, name, _json(folder / f"{name}.json"))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from salad_lightning.corpus.synthesize import synthesize
 from salad_lightning.errors import UserError
+from salad_lightning.evaluation.fingerprint import fingerprint
 from salad_lightning.selection.cluster import balanced_kmeans
 from salad_lightning.selection.corpus import TextCorpus, corpus_files, read_corpus
 from salad_lightning.selection.draw import budget_seconds, check_draw_settings, draw
@@ -21,7 +22,7 @@ from salad_lightning.selection.embed import embed
 from salad_lightning.selection.report import write_report
 from salad_lightning.selection.score import ClusterScore, check_score_settings, score
 from salad_lightning.selection.settings import ClusterSettings, ProbeSettings, SelectionSettings
-from salad_lightning.selection.steps import fingerprint, run_step
+from salad_lightning.selection.steps import run_step
 from salad_lightning.selection.vectors import Vectors
 
 __all__ = ["cluster", "probe", "select"]
@@ -163,7 +164,7 @@ def probe(corpus: TextCorpus, labels_N: NDArray[np.int32], settings: ProbeSettin
 
 def _unspoken(probed: Path) -> list[dict[str, object]]:
     path = probed / "shards" / "failed.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 def _stated(settings: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from statistics import fmean, variance
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.errors import UserError
 from salad_lightning.evaluation.recognizer import Recognizer
+from salad_lightning.model.checkpoint_folder import is_checkpoint_folder
 from salad_lightning.selection.intelligibility import character_error_rates
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import TextLoss, distillation_losses
@@ -143,14 +144,13 @@ def check_score_settings(settings: ScoreSettings) -> None:
         raise UserError(
             "no recognizer is given, and unintelligible speech would have the highest misalignment of all",
             where="score.recognizer",
-            cure="give a Hugging Face CTC model, or set `intelligibility: off` explicitly",
+            cure="give any Hugging Face speech recognizer, or set `intelligibility: off` explicitly",
         )
     if settings.max_cluster_cer <= 0 or settings.max_text_cer <= 0:
         raise UserError("an error rate of 0 or less keeps nothing", where="score.max_cluster_cer, score.max_text_cer")
-    if not Path(settings.checkpoint).is_file():
-        cure = "give the pre_decay.ckpt of a Stage-I run (a sharded checkpoint is consolidated first: python -m \
-lightning.pytorch.utilities.consolidate_checkpoint)"
-        raise UserError("no such checkpoint file", where=f"score.checkpoint: {settings.checkpoint}", cure=cure)
+    if not (Path(settings.checkpoint).is_file() or is_checkpoint_folder(settings.checkpoint)):
+        cure = "give the pre_decay.ckpt of a Stage-I run: the file, or the folder of a sharded run"
+        raise UserError("no such checkpoint", where=f"score.checkpoint: {settings.checkpoint}", cure=cure)
 
 
 def read_probes(shards: Path) -> list[Probe]:

@@ -99,9 +99,9 @@ class ScoreSettings:
     """Misalignment of each cluster, and whether its speech is intelligible at all.
 
     Attributes:
-        checkpoint: Of Stage I, before its learning rate decayed.
-        recognizer: Hugging Face CTC model that transcribes the probes: folder or hub name. It must not be the model
-            that is scored.
+        checkpoint: Of Stage I, before its learning rate decayed; a file, or the folder of a sharded run.
+        recognizer: Folder or hub name of any speech recognizer that Hugging Face's pipeline runs; it transcribes the
+            probes. It must not be the model that is scored.
         intelligibility: Whether clusters and texts that the recognizer gets wrong are dropped. Broken speech has the
             highest misalignment of all, so without this it is what gets chosen.
         max_cluster_cer: Clusters above this mean character error rate are dropped.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["fingerprint", "run_step"]
+__all__ = ["run_step"]
 
 
 def run_step(output: Path, name: str, inputs: Mapping[str, Any], work: Callable[[Path], object]) -> Path:
@@ -42,27 +42,3 @@ def run_step(output: Path, name: str, inputs: Mapping[str, Any], work: Callable[
     (partial / "seconds.json").write_text(json.dumps(round(time.perf_counter() - begin, 2)))
     partial.rename(final)
     return final
-
-
-def fingerprint(paths: Sequence[str | Path]) -> list[str]:
-    """Name and content hash of each file; a folder stands for all files in it, and a name that is no path for itself.
-
-    Args:
-        paths: Files, folders, or names of models on a hub.
-    """
-    return [entry for path in paths for entry in _entries(Path(path))]
-
-
-def _entries(path: Path) -> list[str]:
-    if not path.exists():
-        return [str(path)]
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [f"{file.name} {_sha256(file)}" for file in files]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
+from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
 from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, read_whole
@@ -247,7 +248,7 @@ class TokenLossModule(LightningModule):
             "trainable_parameters": trained,
             **self.seen,
         }
-        (folder / "fit.json").write_text(json.dumps(content, indent=1))
+        write_aside(folder / "fit.json", json.dumps(content, indent=1))
 
 
 def check_outline(module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:

@@ -89,6 +89,7 @@ def _build(checkpoint: dict[str, Any], path: str, **changes: Any) -> SpeechLLMMo
         cure = "give one that `fit` of a SpeechLLMModule wrote, such as the pre_decay.ckpt of a Stage-I run"
         raise UserError("not a checkpoint of a speech LLM", where=path, cure=cure)
     settings.pop("_instantiator", None)
+    settings.pop("execution", None)  # what was fast in training may not run on this device, and changes no result
     # What it began from matters no more.
     settings |= {"init_from": None, "require_pre_decay": False, **changes}
     load_all()  # its parts may be plugins

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 
 from salad_lightning.batch import Prediction, SpeechBatch
+from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.evaluation.gap import GapReport, Measured, measure
 from salad_lightning.model.speech_llm import SpeechLLM
 from salad_lightning.training.base import TokenLossModule, save_folder
@@ -52,7 +53,7 @@ class MeasuredModule(TokenLossModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means of each validation set."""
         for name, report in self._reports.items():
-            report.gather(self.device)
+            report.gather()
             for metric, value in report.overall().items():
                 self.log(f"val/{name}/{metric}", value, prog_bar=metric == "misalignment", sync_dist=True)
 
@@ -67,7 +68,7 @@ class MeasuredModule(TokenLossModule):
     def on_test_epoch_end(self) -> None:
         """Log the figures, print the gap table and write ``test.json``."""
         for name, report in self._reports.items():
-            report.gather(self.device)
+            report.gather()
             self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, sync_dist=True)
         if self.trainer.is_global_zero:
             GapReport.write(self._reports, save_folder(self.trainer) / "test.json")
@@ -103,9 +104,7 @@ class MeasuredModule(TokenLossModule):
         rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
         path = save_folder(self.trainer) / f"predictions{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        aside.replace(path)
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _measured(self, batch: SpeechBatch) -> Measured:
         return measure(self.model, batch, self.teach(batch))

@@ -101,7 +101,7 @@ class MisalignmentMonitor(Callback):
         finally:
             for part in training:
                 part.training = True
-        report.gather(device)
+        report.gather()
         names = ("misalignment", "kl")
         figures = {f"probe/{name}": value for name, value in report.overall().items() if name in names}
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -210,7 +211,9 @@ class SpeedMonitor(Callback):
         self._profiler.stop()
         path = Path(trainer.default_root_dir) / "profile.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(path))
+        aside = path.with_name(f".{path.name}.part")
+        self._profiler.export_chrome_trace(str(aside))
+        os.replace(aside, path)
         self._profiler, self._profile_steps = None, 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -220,6 +221,21 @@ def test_a_killed_run_goes_on(untrained, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
+
+
+def test_a_text_corrected_while_files_move_is_not_lost(untrained, tmp_path, monkeypatch):
+    """The shard keeps its path and, as tars are padded, its size."""
+    command = ["align", str(tmp_path / "in"), "--model", str(untrained), "--output", str(tmp_path / "out")]
+    for text in ("One two.", "ONE TWO."):
+        with ShardWriter(tmp_path / "in", "x", 0) as writer:
+            writer.write("k", {"text": text}, encode_flac(speak_tones(text)[0], 16_000))
+        if text == "One two.":
+            with monkeypatch.context() as patch:
+                patch.setattr("salad_lightning.corpus.workspace._publish", Mock(side_effect=KeyboardInterrupt))
+                assert cli.main(command) == 130
+    assert cli.main([*command, "--overwrite"]) == 0
+    (raw,) = read_shard(tmp_path / "out" / "x.tar")
+    assert json.loads(raw.members["json"])["text"] == "ONE TWO."
 
 
 def test_bad_input(untrained, tmp_path, capsys):

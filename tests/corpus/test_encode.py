@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -252,3 +253,111 @@ def test_bytes_do_not_depend_on_reading_ahead(tmp_path):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
     with tarfile.open(tmp_path / "two" / "speech-000000.tar") as tar:
         assert tar.getnames()[:2] == ["speech000000.frames.npy", "speech000000.json"]
+
+
+class CountedEncoder(LogMelEncoder):
+    """Counts how often its weights are read."""
+
+    identities = 0
+
+    def identity(self):
+        CountedEncoder.identities += 1
+        return super().identity()
+
+
+def test_the_encoder_is_identified_once(tmp_path):
+    save_speech_shards(tmp_path / "audio", num_samples=6, samples_per_shard=2)
+    CountedEncoder.identities = 0
+    encode_shards(str(tmp_path / "audio"), tmp_path / "encoded", CountedEncoder())
+    assert CountedEncoder.identities == 1
+
+
+def _with_other_text(path):
+    """Write a shard again with a text of the same length: tars are padded, so the size stays."""
+    before = path.stat().st_size
+    raws = list(read_shard(path))
+    with ShardWriter(path.parent, path.stem, 0) as writer:
+        for raw in raws:
+            record = json.loads(raw.members["json"])
+            writer.write(raw.key, record | {"text": record["text"].upper()}, raw.members["flac"])
+    assert path.stat().st_size == before
+
+
+def _texts(folder):
+    return [
+        json.loads(raw.members["json"])["text"] for path in sorted(folder.glob("*.tar")) for raw in read_shard(path)
+    ]
+
+
+def test_a_text_corrected_after_a_kill_is_not_lost(tmp_path, monkeypatch):
+    save_speech_shards(tmp_path / "audio", num_samples=6, samples_per_shard=2)
+    folder, output = tmp_path / "audio", tmp_path / "encoded"
+    last = sorted(folder.glob("*.tar"))[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:1000])  # it ends here, as after a kill: what is finished is kept
+    monkeypatch.setattr("salad_lightning.corpus.workspace._WORTH_KEEPING", 0)
+    with pytest.raises(UserError):
+        encode_shards(str(folder), output, LogMelEncoder())
+    last.write_bytes(whole)
+    kept = {path.name: path.stat().st_ino for path in output.glob(".partial/*.tar")}
+    assert len(kept) == 2
+    _with_other_text(folder / "speech-000000.tar")
+    encode_shards(str(folder), output, LogMelEncoder())
+    assert _texts(output) == _texts(folder)
+    assert {name for name, node in kept.items() if (output / name).stat().st_ino != node} == {"speech-000000.tar"}
+
+
+def _interrupted_publication(monkeypatch, shards, output):
+    """All is encoded and about to move into place."""
+    with monkeypatch.context() as patch:
+        patch.setattr("salad_lightning.corpus.workspace._publish", lambda output: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            encode_shards(str(shards), output, LogMelEncoder(), accelerator="cpu")
+    assert (output / ".partial" / "publish.json").exists()
+
+
+def test_a_text_corrected_while_files_move_is_not_lost(tmp_path, monkeypatch):
+    save_speech_shards(tmp_path / "audio", num_samples=4, samples_per_shard=2)
+    _interrupted_publication(monkeypatch, tmp_path / "audio", tmp_path / "encoded")
+    _with_other_text(tmp_path / "audio" / "speech-000000.tar")
+    encode_shards(str(tmp_path / "audio"), tmp_path / "encoded", LogMelEncoder(), overwrite=True)
+    assert _texts(tmp_path / "encoded") == _texts(tmp_path / "audio")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["a publication", "one shard"])
+def test_all_ranks_go_the_way_of_the_first(tmp_path, monkeypatch, left):
+    """Under torchrun all of them look into the folder, and the first one changes it meanwhile."""
+    save_speech_shards(tmp_path / "audio", num_samples=6, samples_per_shard=2)
+    encode_shards(str(tmp_path / "audio"), tmp_path / "whole", LogMelEncoder(), accelerator="cpu")
+    output = tmp_path / "encoded"
+    _interrupted_publication(monkeypatch, tmp_path / "audio", output)
+    if left == "one shard":
+        for name in ("publish.json", "speech-000001.tar.json"):
+            (output / ".partial" / name).unlink()
+    script = tmp_path / "encode.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from salad_lightning.corpus.encode import encode_shards\n"
+        "from salad_lightning.encoders.log_mel import LogMelEncoder\n"
+        "time.sleep(3 * int(os.environ['RANK']))\n"  # the first one is ahead
+        "index = encode_shards(sys.argv[1], sys.argv[2], LogMelEncoder(), accelerator='cpu', devices=2)\n"
+        "assert (index is None) == (os.environ['RANK'] == '1')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "audio"), str(output)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_a_rank_that_is_late_needs_no_report(tmp_path, monkeypatch):
+    """The first rank has published and removed them by then."""
+    save_speech_shards(tmp_path / "audio", num_samples=2)
+    trainer = Mock(is_global_zero=False, world_size=2)
+    monkeypatch.setattr("salad_lightning.corpus.encode.pl.Trainer", lambda **options: trainer)
+    assert encode_shards(str(tmp_path / "audio"), tmp_path / "encoded", LogMelEncoder()) is None
+    assert trainer.predict.call_count == 1

@@ -186,3 +186,36 @@ def test_the_command_line_runs_and_its_help_needs_no_torch(corpus, tmp_path, cap
         "add_arguments(argparse.ArgumentParser()); assert not {'torch', 'numpy', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_half_of_a_surrogate_pair_is_a_broken_row(corpus, tmp_path):
+    """A JSON escape can spell it, and no file of UTF-8 can hold it."""
+    rows = ['{"text": "fine"}', r'{"text": "half \ud83d"}', r'{"text": "x", "title": ["\ud83d"]}']
+    (tmp_path / "t.jsonl").write_text("".join(row + "\n" for row in rows))
+    index = prepare(tmp_path / "t.jsonl", tmp_path / "out", kind="text", max_bad_fraction=0.9)
+    assert index["rejected"] == {"broken row": 2}
+    listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["where"][-6:] for row in listed] == ["line 2", "line 3"]
+    assert "not Unicode text" in listed[0]["detail"]
+    assert not (tmp_path / "out" / ".partial").exists()
+    # In a path, where the file's name is listed too.
+    audio = [r'{"audio": "\ud83d.wav", "text": "x"}', r'{"audio": "a\u0000b.wav", "text": "x"}']
+    (corpus / "paths.jsonl").write_text("".join(row + "\n" for row in [*audio, (corpus / "m.jsonl").read_text()]))
+    index = prepare(corpus / "paths.jsonl", tmp_path / "spoken", max_bad_fraction=0.9)
+    assert index["rejected"] == {"unreadable audio": 2}
+    assert r"\ud83d.wav" in (tmp_path / "spoken" / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_an_end_of_speech_that_is_no_number(corpus, tmp_path, trim):
+    ends = [None, 0.4, "soon", float("nan"), [1]]
+    rows = [
+        json.loads(line) | {"speech_end_s": end} for line, end in zip((corpus / "m.jsonl").open(), ends, strict=True)
+    ]
+    (corpus / "ends.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = prepare(corpus / "ends.jsonl", tmp_path / "out", trim=trim, max_bad_fraction=0.9)
+    assert index["rejected"] == {"broken row": 3}
+    absent, given = _samples(tmp_path / "out")
+    assert "speech_end_s" not in absent.fields
+    assert given.fields["speech_end_s"] == pytest.approx(0.4, abs=0.1)
+    assert "`speech_end_s` is 'soon', not seconds" in (tmp_path / "out" / "rejected.jsonl").read_text()

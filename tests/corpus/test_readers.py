@@ -264,3 +264,50 @@ def test_a_manifest_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "m.tsv").write_bytes(b"audio\ttext\nx.wav\t\xff\n")
     with pytest.raises(UserError, match="does not parse"):
         prepare(tmp_path / "m.tsv", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cut: cut.update(supervisions=None), "`supervisions` is not a list"),
+        (lambda cut: cut["supervisions"][0].update(custom=["x"]), "does not parse"),
+        (lambda cut: cut["supervisions"][0].update(alignment=["x"]), "does not parse"),
+        (lambda cut: cut["supervisions"][0].update(text=None, custom={"texts": {"a": "x"}}), "does not parse"),
+    ],
+)
+def test_lhotse_fields_of_another_shape_are_named(tmp_path, change, message):
+    test_lhotse_cuts_that_cannot_be_read_are_named(tmp_path, change, message)
+
+
+def test_damaged_compressed_cuts_are_named(tmp_path):
+    content = bytearray(gzip.compress(json.dumps({"x": "y" * 1000}).encode()))
+    content[10:20] = b"\xff" * 10  # behind the header
+    (tmp_path / "cuts.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"cuts\.jsonl\.gz, line 0: not JSON .*decompressing"):
+        prepare(tmp_path / "cuts.jsonl.gz", tmp_path / "out", kind="lhotse")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("kind", ["text", "lhotse"])
+def test_json_too_deep_to_be_read_is_named(tmp_path, kind):
+    (tmp_path / "deep.jsonl").write_text(f'{{"text": {DEEP}}}\n')
+    with pytest.raises(UserError, match=r"deep\.jsonl, line 1: not JSON .*recursion"):
+        prepare(tmp_path / "deep.jsonl", tmp_path / "out", kind=kind)
+
+
+def test_json_too_deep_in_a_cell_or_a_tar_is_named(tmp_path):
+    (tmp_path / "deep.csv").write_text(f"audio,text,words\nx.wav,x,{DEEP[:100_000]}\n")
+    with pytest.raises(UserError, match=r"line 2: `words` does not parse"):
+        prepare(tmp_path / "deep.csv", tmp_path / "out")
+    _tar(tmp_path / "deep.tar", [("a.txt", b"fine"), ("b.json", f'{{"text": {DEEP}}}'.encode())])
+    index = prepare(tmp_path / "deep.tar", tmp_path / "out", kind="text", max_bad_fraction=0.5)
+    assert index["rejected"] == {"broken row": 1}
+
+
+def test_librispeech_transcripts_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "1-7.trans.txt").write_bytes("1-7-0000 café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"1-7\.trans\.txt: not UTF-8") as caught:
+        prepare(tmp_path, tmp_path / "out", kind="librispeech")
+    assert caught.value.cure == "convert it to UTF-8"

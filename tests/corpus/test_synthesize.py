@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torchaudio
 
 from salad_lightning.cli import main
 from salad_lightning.corpus.synthesize import synthesize
@@ -199,3 +200,35 @@ def test_a_folder_with_something_in_it_is_left_alone(manifest, tmp_path, capsys)
     path = manifest([{"text": "bread"}])
     assert "not empty" in refused(capsys, "--manifest", path, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_half_of_a_surrogate_pair_is_a_text_that_cannot_be_spoken(tmp_path):
+    rows = ['{"text": "bread"}', r'{"text": "half \ud83d"}', r'{"text": "wine", "title": "\ud83d"}']
+    (tmp_path / "m.jsonl").write_text("".join(row + "\n" for row in rows))
+    index = synthesize(tmp_path / "m.jsonl", tmp_path / "out", synthesizer=TONES, max_bad_fraction=0.9)
+    assert [sample.text for sample in samples(tmp_path / "out")] == ["bread"]
+    assert sum(index["failed"].values()) == 2
+    assert index["failed"]["broken row"] >= 1
+
+
+def test_a_rate_that_would_fill_the_memory(manifest, tmp_path, capsys):
+    path = manifest([{"text": "bread"}])
+    options = ("--manifest", path, "--output", tmp_path / "out", "--synthesizer", TONES)
+    message = refused(capsys, *options, "--sample-rate", "16001")
+    assert "--sample-rate" in message
+    assert "16001 Hz is no usual sample rate" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_kernel_of_a_rate_is_made_once(manifest, tmp_path, monkeypatch):
+    made, kernel = [], torchaudio.functional.functional._get_sinc_resample_kernel
+
+    def counted(*args, **options):
+        made.append(args)
+        return kernel(*args, **options)
+
+    for module in (torchaudio.functional.functional, torchaudio.transforms._transforms):
+        monkeypatch.setattr(module, "_get_sinc_resample_kernel", counted)
+    rows = [{"text": text} for text in texts(4)]
+    synthesize(manifest(rows), tmp_path / "out", synthesizer=TONES, sample_rate_hz=12_000)
+    assert len(made) == 1

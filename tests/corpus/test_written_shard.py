@@ -1,5 +1,6 @@
 """What the commands that write shards have in common: a full disk, a kill in the last moment, and several processes."""
 
+import io
 import itertools
 import json
 import os
@@ -7,15 +8,22 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from salad_lightning.cli import main
 from salad_lightning.corpus import workspace
+from salad_lightning.data.audio import encode_flac
+from salad_lightning.data.choice import ChoiceDocuments
 from salad_lightning.data.format import read_shard
-from salad_lightning.testing.shards import save_speech_shards
+from salad_lightning.data.sources import Source
+from salad_lightning.errors import UserError
+from salad_lightning.testing.shards import save_speech_shards, speak_tones
 from salad_lightning.testing.tiny_ctc import save_tiny_ctc
+from salad_lightning.training.spoken_evaluation import SpokenEvaluation
 
 SYNTHESIZER = "salad_lightning.testing.tone_synthesizer.ToneSynthesizer"
 
@@ -103,3 +111,66 @@ def test_two_processes_encode_the_same_bytes(commands, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert _files(tmp_path / "two") == _files(tmp_path / "one")
     assert sum(1 for path in (tmp_path / "two").glob("*.tar") for _ in read_shard(path)) == 60
+
+
+def _tar(path, names):
+    record = {"text": "one two"}
+    members = {"flac": encode_flac(speak_tones("one two")[0], 16_000), "json": json.dumps(record).encode()}
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            for extension, content in members.items():
+                entry = tarfile.TarInfo(f"{name}.{extension}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def _keys(path):
+    return [raw.key for raw in read_shard(path)]
+
+
+@pytest.mark.parametrize("name", ["encode", "align"])
+def test_keys_keep_their_folders(commands, tmp_path, name):
+    keys = ["./0001", "v1.0/0001", "v1.1/0001"]
+    _tar(tmp_path / "in" / "x.tar", keys)
+    assert _keys(tmp_path / "in" / "x.tar") == keys
+    command = [name, str(tmp_path / "in"), *commands[name][2:], "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert _keys(tmp_path / "out" / "x.tar") == keys
+
+
+@pytest.mark.parametrize("name", ["encode", "align"])
+def test_a_key_that_comes_again_and_a_name_that_is_no_tars_are_named(commands, tmp_path, capfd, name):
+    _tar(tmp_path / "in" / "x.tar", ["a", "b", "a"])
+    (tmp_path / "in" / "x.tar").rename(tmp_path / "in" / "x.wds")
+    command = [name, str(tmp_path / "in" / "x.wds"), *commands[name][2:], "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "x.wds: the name does not end in .tar" in capfd.readouterr().err
+    (tmp_path / "in" / "x.wds").rename(tmp_path / "in" / "x.tar")
+    command[1] = str(tmp_path / "in" / "x.tar")
+    assert main(command) == 2
+    assert "x.tar: a: the key occurs twice" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_in_two_shards_of_a_test_source_is_named_before_anything_is_transcribed(tmp_path, monkeypatch):
+    heard = []
+
+    class CountingRecognizer:
+        sample_rate_hz = 16_000
+
+        def __init__(self, *_):
+            pass
+
+        def transcribe(self, clips):
+            heard.extend(clips)
+            return ["x"] * len(clips)
+
+    monkeypatch.setattr("salad_lightning.training.spoken_evaluation.Recognizer", CountingRecognizer)
+    for number, names in enumerate((["a", "b"], ["c", "a"])):
+        _tar(tmp_path / f"part{number}" / f"{number}.tar", names)
+    source = Source([str(tmp_path / "part0"), str(tmp_path / "part1")], ChoiceDocuments(), name="x")
+    trainer = Mock(datamodule=Mock(test=[source]), default_root_dir=tmp_path / "out", world_size=1, is_global_zero=True)
+    with pytest.raises(UserError, match=r"1\.tar: a: the key occurs twice, first in .*0\.tar"):
+        SpokenEvaluation("x").setup(trainer, Mock(), "test")
+    assert not heard

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 
+from salad_lightning.data.arrays import encode_array
 from salad_lightning.data.audio import encode_flac
 from salad_lightning.data.choice import ChoiceDocuments
-from salad_lightning.data.format import Utterance
+from salad_lightning.data.format import Encoded, Utterance
 from salad_lightning.data.packing import collate
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.template import TemplateDocuments
@@ -112,6 +116,7 @@ BAD = {
     "no prompt": ({"prompt": None}, {}, "how the question is put"),
     "unknown field": ({}, {"template": "{speech} {foo} {answer}"}, "asks for {foo}"),
     "unknown example": ({"shots": ["nine"]}, {}, "no example 'nine'"),
+    "key in a list": ({"shots": [["k1"]]}, {}, "no list of keys"),
 }
 
 
@@ -123,9 +128,59 @@ def test_mistakes(make_spec, shots, kind):
 
 
 def test_mistakes_in_the_settings():
-    for settings in ({"template": "{speech}"}, {"num_shots": -1}, {"template": "{speech} {answer"}):
-        with pytest.raises(UserError):
+    for settings, message in (
+        ({"template": "{speech}"}, "no place for the {answer}"),
+        ({"template": "{{answer}} {speech}"}, "no place for the {answer}"),
+        ({"template": "{speech} {answer:>6}"}, "formats or converts"),
+        ({"template": "{speech} {answer!r}"}, "formats or converts"),
+        ({"num_shots": -1}, "num_shots is -1"),
+        ({"template": "{speech} {answer"}, "does not parse"),
+    ):
+        with pytest.raises(UserError, match=message.replace("{", r"\{")):
             ChoiceDocuments(**settings)
+
+
+def _stored(utterance):
+    num_samples = len(utterance.audio)
+    frames = np.ones((math.ceil(num_samples / 1280), 3), np.float32)  # of the spec's 80 ms
+    return dataclasses.replace(utterance, audio=None, encoded=Encoded(frames, "mimi", num_samples))
+
+
+@pytest.fixture(scope="module")
+def stored_shots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored_shots")
+    with ShardWriter(folder, "shots", 2) as writer:
+        for number, (text, choices, answer) in enumerate(SHOTS):
+            encoded = _stored(asked(text)).encoded
+            record = {"text": text, "choices": choices, "answer": answer, "prompt": PROMPT}
+            record["encoded"] = {"by": encoded.by, "num_samples": encoded.num_samples}
+            writer.write(f"k{number}", record, encode_array(encoded.data), "frames.npy")
+    return str(folder)
+
+
+def test_what_is_heard_is_all_audio_or_all_encoded(make_spec, shots, stored_shots):
+    spec = dataclasses.replace(make_spec(context=1024), encoder="mimi")
+    question = dataclasses.replace(asked(), shard="asked.tar")
+    for heard, examples, stored in ((question, stored_shots, "shots-"), (_stored(question), shots, "asked.tar: q")):
+        with pytest.raises(UserError, match="is pre-encoded, and that of") as caught:
+            ChoiceDocuments(shots=examples).build(heard, spec)
+        before, after = caught.value.what.split(" is pre-encoded")
+        assert stored in before
+        assert {"shots-" in before, "asked.tar: q" in before} == {"shots-" in after, "asked.tar: q" in after}
+        assert caught.value.where == "asked.tar: q"
+        (document, _) = ChoiceDocuments(shots=examples, hear_shots=False).build(heard, spec)
+        assert document.encoded == (heard is not question)
+    text = dataclasses.replace(question, audio=None)
+    for heard, examples, count, encoded in (
+        (_stored(question), stored_shots, 4, True),
+        (question, shots, 4, False),
+        (text, stored_shots, 3, True),
+        (text, shots, 3, False),
+    ):
+        for document in ChoiceDocuments(shots=examples).build(heard, spec):
+            assert (document.encoded, len(document.clips)) == (encoded, count)
+        batch = collate([[document]], context=1024, rows_per_batch=1, trim=True)
+        assert (batch.stored_NT is not None, len(batch.clips_NL)) == (encoded, 0 if encoded else count)
 
 
 def test_an_option_without_a_token_is_refused_by_templates_too(make_spec):

@@ -1,6 +1,9 @@
 """Shards that a command writes: only where the source allows it."""
 
 import itertools
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +64,8 @@ def test_nothing_is_run_where_it_is_not_allowed(folder, tmp_path, capsys, patter
         ("head -c 20000 {shard}", r"cut off|unexpected end"),
         ("no-such-command-at-all", "ended with code 127"),
         ("true", "empty"),
+        ("cat {shard}; exit 3", "ended with code 3"),
+        ("cat {shard} {shard}", "a second tar follows"),
     ],
 )
 def test_a_command_that_fails_is_a_bad_shard(folder, tmp_path, make_spec, command, message):
@@ -85,3 +90,33 @@ def test_a_reader_that_stops_early_ends_all_of_the_command(folder, tmp_path):
     while sleeping.exists() and sleeping.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "it is still running"
         time.sleep(0.05)
+
+
+def test_a_reader_that_stops_early_does_not_read_to_the_end(folder):
+    """Nor does it wait for a command that goes on."""
+    begin = time.monotonic()
+    samples = read_shard(f"pipe:cat {folder}/speech-000000.tar; sleep 60", allow_pipe=True)
+    next(samples)
+    samples.close()
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "command", [r"awk '{print $1,$2}' x", "cat {a,b}.tar", r"sed 's/\.x{1,2}/\\/' x", "cat {x", "echo ${HOME}"]
+)
+def test_a_command_is_the_shells_own(command):
+    assert shard_paths(_source(f"pipe:{command}", allow_pipe=True)) == [f"pipe:{command}"]
+    numbered = [f"pipe:cat {number:02d}.tar; {command}" for number in (9, 10)]
+    assert shard_paths(_source(f"pipe:cat {{09..10}}.tar; {command}", allow_pipe=True)) == numbered
+
+
+def test_a_command_takes_nothing_of_what_is_typed(folder):
+    script = "import sys; from salad_lightning.data.commands import CommandFile; print(CommandFile('pipe:cat').read(9))"
+    read, write = os.pipe()  # which nobody closes, like a terminal
+    os.write(write, b"typed")
+    try:
+        told = subprocess.run([sys.executable, "-c", script], stdin=read, capture_output=True, timeout=60, check=True)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert told.stdout.decode().strip() == "b''"

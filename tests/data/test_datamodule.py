@@ -124,6 +124,25 @@ def test_another_stream_is_not_resumed(folders, make_spec, changes, message):
             other.train_dataloader()
 
 
+def test_a_stream_with_other_epochs_is_not_resumed(folders, make_spec):
+    """They decide which source each document is drawn from."""
+
+    def made(max_epochs):
+        data = _module(folders, train=[Source(folders["speech"], InterleaveDocuments(), max_epochs=max_epochs)])
+        data.spec = make_spec()
+        return data
+
+    one = made(5)
+    one.note_trained(next(iter(one.train_dataloader())))
+    for other, is_same in ((made(5), True), (made(6), False), (made(None), False)):
+        other.load_state_dict(one.state_dict())
+        if is_same:
+            other.train_dataloader()
+        else:
+            with pytest.raises(UserError, match="fingerprint"):
+                other.train_dataloader()
+
+
 def test_evaluation_sets_come_in_order_with_names(folders, make_spec, tmp_path):
     module, data = _Recorder(make_spec()), _module(folders)
     _trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)

@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 
@@ -91,6 +92,19 @@ def test_token_ids_are_the_tokenizers_own(kind, text, request):
     assert tokens.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert (np.diff(tokens.last_char) >= 0).all()
     assert tokens.last_char.max() == len(text) - 1
+
+
+def test_nothing_is_cut_or_padded_whatever_the_tokenizer_was_told(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    text = "the quick fox runs over seven bright stars"
+    whole = tokenize(text, byte_tokenizer).ids.tolist()
+    tokenizer.backend_tokenizer.enable_truncation(5)  # as a tokenizer.json may say
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    assert tokenize(text, tokenizer).ids.tolist() == whole
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(text, padding="max_length", truncation=True, max_length=5)
+    assert tokenize(text, tokenizer).ids.tolist() == whole
+    assert tokenize("a", tokenizer).ids.tolist() == tokenize("a", byte_tokenizer).ids.tolist()
 
 
 # --- interleave -----------------------------------------------------------------------------------------------------
@@ -321,7 +335,16 @@ def test_unusable_template_samples_are_named(make_spec, template, fields, contex
     assert "k0" in str(caught.value)
 
 
-@pytest.mark.parametrize("template", ["{speech} {speech}", "{}", "{speech"])
+def test_braces_that_are_text_name_nothing(make_spec):
+    utterance = _utterance(6, fields={"answer": "fox"})
+    (prompt,) = TemplateDocuments("{{speech}} {{answer}}: {text}").build(utterance, make_spec())
+    assert not prompt.spans
+    assert not prompt.predicted.any()
+
+
+@pytest.mark.parametrize(
+    "template", ["{speech} {speech}", "{}", "{speech", "{speech:d}", "{speech!s}", "{speech} {answer:>6}", "{answer!r}"]
+)
 def test_unusable_templates_are_refused(template):
     with pytest.raises(UserError, match="template"):
         TemplateDocuments(template)

@@ -99,6 +99,22 @@ def test_damaged_shards_end_in_samples_or_a_user_error(tmp_path, seed, count):
     assert outcomes["sample"] > count / 10
 
 
+@pytest.mark.parametrize("behind", ["tar", "far", "junk"])
+def test_what_follows_a_tar_is_not_passed_over(tmp_path, behind):
+    """`cat a.tar b.tar` is one tar to the standard reader, and its rest is lost."""
+    content, path = _shard(tmp_path / "shard", tmp_path / "harm"), tmp_path / "x.tar"
+    path.write_bytes(content + bytes(200_000))  # zeros are what a tar ends with
+    whole = [raw.key for raw in read_shard(path)]
+    assert whole == ["a", "b", "c", "d"]
+    assert len(list(read_tars(str(path)))) == 4
+    path.write_bytes(content + {"tar": content, "far": bytes(200_000) + content, "junk": b"x"}[behind])
+    for read in (lambda: list(read_shard(path)), lambda: list(read_tars(str(path)))):
+        with pytest.raises(UserError, match="a second tar follows") as caught:
+            read()
+        assert caught.value.where == str(path)
+        assert "one by one" in caught.value.cure
+
+
 def test_damaged_tars_end_the_same_way_in_prepare(tmp_path):
     """Its reader of tars notes where the audio is and leaves it there."""
     harm, path = tmp_path / "harm", tmp_path / "fuzz.tar"

@@ -163,8 +163,9 @@ def test_a_source_leaves_the_mixture_after_its_epochs(shards, make_spec, num_wor
         resumed = _stream(sources, spec, states=states, first_worker=after)
         for expected, batch in zip(batches[stop:], _take(DataLoader(resumed, **kwargs), 6), strict=False):
             assert _equal(expected, batch)
-    with pytest.raises(UserError, match="as often as it may be"):
+    with pytest.raises(UserError, match="as often as it may be") as caught:
         _take(_stream([text], spec), 40)
+    assert "start afresh" in caught.value.cure  # with another number no checkpoint is resumed
 
 
 def test_a_restore_reads_again_at_most_one_block_a_source(sources, make_spec, monkeypatch):
@@ -287,6 +288,8 @@ def test_folders_globs_braces_and_lists_name_the_same_shards(shards):
         ("{tmp}", "holds no .tar"),
         ("pipe:cat x.tar", "pipe: is not read"),
         ("zip://x.tar::https://host/x.zip", "zip: is not read"),
+        ("{tmp}/x-{{000..009.tar", "a brace has no partner"),
+        ("https://host/x-000}}.tar", "a brace has no partner"),
     ],
 )
 def test_missing_shards_are_named(tmp_path, pattern, message):

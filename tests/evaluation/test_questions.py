@@ -226,6 +226,19 @@ def test_piqas_labels_lie_in_a_file_of_their_own(tmp_path):
     assert [item.fields["answer"] for item in samples(output / "questions")] == [1, 0]
 
 
+@pytest.mark.parametrize("labels", ["1\n", "1\n0\n1\n"])
+@pytest.mark.parametrize("options", [(), ("--limit=1",)])
+def test_labels_of_another_number_of_rows_are_refused(tmp_path, capsys, labels, options):
+    rows = [{"goal": f"do {number}", "sol1": "so", "sol2": "not so"} for number in ("one", "two")]
+    (tmp_path / "labels.lst").write_text(labels)
+    code, output = run(tmp_path, rows, "--labels", str(tmp_path / "labels.lst"), *options, task="piqa")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "labels for 2 rows" in error
+    assert "labels.lst" in error
+    assert not output.exists()
+
+
 def test_recordings_inside_parquet(tmp_path):
     _, output = run(tmp_path, [FINE])
     raw = next(iter(read_shard(sorted((output / "questions").glob("*.tar"))[0])))
@@ -256,6 +269,7 @@ BAD = {
     "no shots": (FINE, "mine", ("--num-shots=0",), "--num-shots is 0"),
     "bad shots": (FINE | {"shots": "x"}, "mine", (), "no list of questions"),
     "no recording": (FINE | {"wav": "no.wav"}, "mine", ("--audio-column=wav",), "there is no recording"),
+    "a voice that does not parse": (FINE, "mine", ("--voice={voice: ",), "not a mapping"),
     "no such file of shots": (FINE, "mine", ("--shots=none.jsonl",), "the file does not exist"),
 }
 

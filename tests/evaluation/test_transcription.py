@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from salad_lightning.cli import main
 from salad_lightning.evaluation.transcription import ErrorRates, normalise
@@ -84,5 +85,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--output", str(output)]) == 0
     assert json.loads((output / "transcription.json").read_text()) == figures
     assert main([*arguments[:-1], str(tmp_path / "other"), "--output", str(output)]) == 2
+    # Other weights at the same path.
+    weights = load_file(recognizer / "model.safetensors")
+    save_file(
+        {name: value + 0.1 for name, value in weights.items()}, recognizer / "model.safetensors", {"format": "pt"}
+    )
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(output)]) == 2
+    assert "name another folder" in capsys.readouterr().err
     assert main(["transcribe", str(tmp_path / "none"), "--recognizer", "x", "--output", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from salad_lightning import __version__
 from salad_lightning.cli import main
@@ -86,6 +86,17 @@ def test_a_fresh_process_gives_the_same_logits_and_tokens(checkpoint, exported, 
     assert fresh["type"] == "salad"
     torch.testing.assert_close(fresh["logits"], hf[..., : fresh["logits"].shape[-1]], rtol=1e-5, atol=1e-5)
     assert fresh["text"] == model.generate(audio, "say {speech} again", max_new_tokens=12)
+
+
+def test_arguments_of_a_pipeline_hold_for_its_calls(exported, model, tmp_path):
+    audio, prompt = audio_file(tmp_path), "say {speech} again"
+    piped = pipeline("speech-text-generation", model=str(exported), prompt=prompt, max_new_tokens=3)
+    assert piped(audio) == {"generated_text": model.generate(audio, prompt, max_new_tokens=3)}
+    longer = model.generate(audio, prompt, max_new_tokens=12)
+    assert piped(audio, max_new_tokens=12) == {"generated_text": longer}
+    assert longer != model.generate(audio, max_new_tokens=12)  # the prompt says something
+    with pytest.raises(UserError, match="temperature is -1"):
+        pipeline("speech-text-generation", model=str(exported), temperature=-1)
 
 
 def test_the_language_model_loads_alone(checkpoint, exported, world, tmp_path):

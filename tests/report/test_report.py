@@ -166,6 +166,12 @@ def test_two_folders_of_one_name_are_told_apart(tmp_path):
     assert "a/run" in (tmp_path / "r.html").read_text()
 
 
+def test_a_renamed_log_is_passed_over(tmp_path):
+    log(tmp_path / "run", 0, "step,train/loss\n0,1\n")
+    log(tmp_path / "run", "0_old", "step,train/loss\n0,7\n")
+    assert read_run(tmp_path / "run").curve("train/loss", False) == [(0.0, 1.0)]
+
+
 BAD = {
     "missing": (lambda f: None, "no such folder"),
     "empty": (lambda f: f.mkdir(), "nothing to report"),

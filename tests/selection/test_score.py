@@ -16,6 +16,7 @@ from salad_lightning.data.sources import Source
 from salad_lightning.data.stream import EvaluationStream
 from salad_lightning.errors import UserError
 from salad_lightning.evaluation.recognizer import Recognizer
+from salad_lightning.model.execution import Execution
 from salad_lightning.model.llm import load_language_model
 from salad_lightning.model.speech_llm import predict_transcripts
 from salad_lightning.selection.intelligibility import character_error_rates
@@ -151,6 +152,16 @@ def test_a_rate_that_is_still_warming_up_has_not_decayed():
     check_not_decayed(checkpoint, "x.ckpt")
     with pytest.raises(UserError, match=r"decayed to 0\.0001 of 0\.001"):
         check_not_decayed({**checkpoint, "global_step": 200}, "x.ckpt")
+
+
+@pytest.mark.slow
+def test_how_it_was_trained_on_a_gpu_does_not_matter(stage1, tmp_path):
+    checkpoint = torch.load(stage1 / "pre_decay.ckpt", weights_only=True)
+    execution = checkpoint["hyper_parameters"]["execution"] = {"attention": "flex", "compile": True}
+    torch.save(checkpoint, tmp_path / "flex.ckpt")
+    module = module_of(str(tmp_path / "flex.ckpt"))
+    assert module._execution == Execution() != Execution(**execution)
+    module._execution.check(torch.device("cpu"))
 
 
 def test_another_kind_of_checkpoint(tmp_path):

@@ -165,7 +165,12 @@ def refused(settings, write, capsys):
         ("draw", "seconds", 0, ["draw.seconds", "buys nothing"]),
         ("draw", "share", 0.1, ["the budget must be given once"]),
         ("draw", "max_share", 1.5, ["draw.max_share"]),
-        ("score", "recognizer", None, ["score.recognizer", "give a Hugging Face CTC model", "intelligibility: off"]),
+        (
+            "score",
+            "recognizer",
+            None,
+            ["score.recognizer", "give any Hugging Face speech recognizer", "intelligibility: off"],
+        ),
         ("score", "checkpoint", "none.ckpt", ["score.checkpoint", "no such checkpoint"]),
         ("probe", "texts_per_cluster", 0, ["probe.texts_per_cluster"]),
         ("texts", "paths", ["nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),

@@ -12,6 +12,10 @@ from salad_lightning.cli import main
 from salad_lightning.errors import UserError
 from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, replace_folder, stored_shapes
 from salad_lightning.model.parallel import check_device
+from salad_lightning.selection.score import check_score_settings
+from salad_lightning.selection.settings import ScoreSettings
+from salad_lightning.selection.stage1 import distillation_losses
+from salad_lightning.testing.shards import save_speech_shards
 from salad_lightning.training.base import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -57,6 +61,23 @@ def test_a_decayed_folder_is_refused(world, stage1, capsys):
     model = {"init_from": str(stage1 / "final.ckpt"), "require_pre_decay": True}
     assert fit(world, "decayed", model, {"max_steps": 1}) == 2
     assert "has decayed" in capsys.readouterr().err
+
+
+def test_a_selection_scores_with_the_folder(stage1, tmp_path):
+    shards = save_speech_shards(tmp_path / "probe", num_samples=4)
+    assert main(["consolidate", str(stage1 / "pre_decay.ckpt"), str(tmp_path / "whole.ckpt")]) == 0
+    losses = []
+    for path in (stage1 / "pre_decay.ckpt", tmp_path / "whole.ckpt"):
+        settings = ScoreSettings(
+            str(path), intelligibility=False, text_words=(1, 2), speech_words=(2, 4), accelerator="cpu"
+        )
+        check_score_settings(settings)
+        losses.append(distillation_losses(settings, shards, tmp_path))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert all(loss.kl_sum > 0 for loss in losses[0].values())
+    with pytest.raises(UserError, match="no such checkpoint"):
+        check_score_settings(ScoreSettings(str(tmp_path), intelligibility=False))
 
 
 def test_export_reads_the_folder(world, stage1, tmp_path):

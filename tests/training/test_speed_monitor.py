@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +70,22 @@ def test_the_profile_is_a_trace_of_the_steps_asked_for(run):
     events = json.loads((run.folder / "profile.json").read_text())["traceEvents"]
     steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step")]
     assert len(steps) == 2
+
+
+def test_what_was_half_written_has_no_name(tmp_path, monkeypatch):
+    def cut_off(path):
+        Path(path).write_bytes(b"{")
+        raise OSError("the disk is full")
+
+    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, global_step=3)
+    monitor = SpeedMonitor()
+    monitor._profiler = SimpleNamespace(stop=lambda: None, export_chrome_trace=cut_off)
+    with pytest.raises(OSError, match="full"):
+        monitor._stop_profile(trainer)
+    monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: cut_off(path))
+    with pytest.raises(OSError, match="full"):
+        SpeechLLMModule.on_fit_end(SimpleNamespace(trainer=trainer, parameters=list, _started=0.0, seen={}))
+    assert all(path.suffix == ".part" for path in tmp_path.iterdir())
 
 
 class Slow:
