@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -330,7 +331,15 @@ def test_ctrl_c_during_training_exits_with_130(site, tmp_path):
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        # A shell's background job ignores Ctrl-C, and so would the child of tests that run in one.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     seen = []
     for line in process.stdout:
         seen.append(line)

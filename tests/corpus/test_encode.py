@@ -310,7 +310,7 @@ def test_a_text_corrected_after_a_kill_is_not_lost(tmp_path, monkeypatch):
 def _interrupted_publication(monkeypatch, shards, output):
     """All is encoded and about to move into place."""
     with monkeypatch.context() as patch:
-        patch.setattr("salad_lightning.corpus.workspace._publish", lambda output: signal.raise_signal(signal.SIGINT))
+        patch.setattr("salad_lightning.corpus.workspace._publish", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             encode_shards(str(shards), output, LogMelEncoder(), accelerator="cpu")
     assert (output / ".partial" / "publish.json").exists()
