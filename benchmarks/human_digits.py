@@ -217,7 +217,9 @@ def build_report(output: Path, left_out: Sequence[str], seed: int) -> dict[str, 
         "speakers": speakers,
         "mean": means,
         "digit_reading": means["digit"]["speech_accuracy"] / max(means["digit"]["base_text_accuracy"], 1e-9),
-        "seconds": {path.stem: seconds_taken(output, path.stem) for path in sorted((output / ".steps").glob("*.json"))},
+        "seconds": {
+            path.stem: seconds_taken(path.parent, path.stem) for path in sorted((output / ".steps").glob("*.json"))
+        },
         "seed": seed,
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from salad_lightning.errors import UserError
 
-__all__ = ["Step", "run_steps", "source_fingerprint"]
+__all__ = ["Step", "run_steps", "seconds_taken", "source_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def run_steps(
         finally:
             for entry in running:
                 entry.process.terminate()
+
+
+def seconds_taken(state: Path, name: str) -> float:
+    """Wall-clock seconds of a step's last run, by the folder of its stamp."""
+    return float(str(_stamp(state, name).get("seconds", 0.0)))
 
 
 def source_fingerprint() -> str:
