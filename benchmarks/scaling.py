@@ -39,6 +39,7 @@ BUDGETS = (100, 200, 400, 800, 1_200, 1_600)
 """Steps at which M is read."""
 FIRST_STEP = 200
 """The fit leaves out what comes before: the learning rate rises, and the connector says nothing yet."""
+_RESAMPLES = 200
 
 
 def runs(seeds: int, worlds: Sequence[int]) -> list[Run]:
@@ -116,20 +117,21 @@ def law(tokens: Any, floor: float, scale: float, beta: float) -> Any:
     return floor + scale * (tokens / 1e5) ** -beta
 
 
-def fit(points: Sequence[tuple[float, float]], *, resamples: int = 200) -> dict[str, tuple[float, float, float]]:
-    """The law by least squares, E and β not below 0: each constant with its 95 % interval by residual bootstrap.
+def solve(x: Any, y: Any) -> Any:
+    """E, B and β by least squares, E and β not below 0."""
+    bounds = ([0, -20, 0.01], [20, 20, 5])
+    return curve_fit(law, x, y, p0=(float(y.min()) / 2, 1.0, 0.5), bounds=bounds, maxfev=20_000)[0]
+
+
+def fit(points: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float, float]]:
+    """The law's constants, each with its 95 % interval by residual bootstrap.
 
     Not by the curvature at the optimum, which says nothing where a constant lies at its bound or trades with another.
     """
     x, y = np.array(points).T
-    bounds = ([0, -20, 0.01], [20, 20, 5])
-
-    def solve(values: Any) -> Any:
-        return curve_fit(law, x, values, p0=(float(y.min()) / 2, 1.0, 0.5), bounds=bounds, maxfev=20_000)[0]
-
-    found = solve(y)
+    found = solve(x, y)
     residuals, rng = y - law(x, *found), np.random.default_rng(0)
-    again = [solve(law(x, *found) + rng.choice(residuals, len(residuals))) for _ in range(resamples)]
+    again = [solve(x, law(x, *found) + rng.choice(residuals, len(residuals))) for _ in range(_RESAMPLES)]
     low, high = np.percentile(again, [2.5, 97.5], axis=0)
     return {name: (float(v), float(a), float(b)) for name, v, a, b in zip("EBβ", found, low, high, strict=True)}
 
@@ -166,15 +168,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         curves = [row["curve"] for row in rows if row["name"] == name]
         for curve in curves:
             panel.plot(*zip(*curve, strict=True), color=f"C{number}", alpha=0.35, linewidth=0.8)
-        points = [point for curve in curves for point in _late(curve)]
-        x = np.geomspace(min(x for x, _ in points), max(x for x, _ in points), 50)
-        panel.plot(
-            x,
-            law(x, *(value for value, _, _ in fit(points, resamples=1).values())),
-            color=f"C{number}",
-            linewidth=2,
-            label=name.removeprefix("scaling-"),
-        )
+        tokens, values = np.array([point for curve in curves for point in _late(curve)]).T
+        x = np.geomspace(tokens.min(), tokens.max(), 50)
+        y = law(x, *solve(tokens, values))
+        panel.plot(x, y, color=f"C{number}", linewidth=2, label=name.removeprefix("scaling-"))
     panel.set(xscale="log", yscale="log", xlabel="positions seen", ylabel="M on all domains, nats per token")
     panel.grid(alpha=0.3, which="both")
     panel.legend()

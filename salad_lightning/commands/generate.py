@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
     from transformers.utils import logging
 
-    from salad_lightning.commands.device import usable_device
     from salad_lightning.commands.quiet import quieten
+    from salad_lightning.corpus.device import usable_device
     from salad_lightning.export.pretrained import load_pretrained
     from salad_lightning.model.generation import Decoding
 

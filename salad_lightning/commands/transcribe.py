@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def _listener(args: argparse.Namespace) -> tuple[str, int, Hear]:
     """A name for what hears, the rate of the audio it takes, and the function."""
     # As above.
-    from salad_lightning.commands.device import usable_device
+    from salad_lightning.corpus.device import usable_device
     from salad_lightning.evaluation.fingerprint import model_name
     from salad_lightning.evaluation.recognizer import Recognizer
     from salad_lightning.export.pretrained import load_pretrained

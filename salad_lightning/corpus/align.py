@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_lightning import __version__
-from salad_lightning.corpus.output_folder import INDEX
-from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
+from salad_lightning.corpus.workspace import Workspace, open_workspace
 from salad_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,26 +87,18 @@ def align_shards(
         UserError: If shards or model cannot be read, two shards have one name, or the folder must not be replaced.
     """
     # Here, not above: these bring torch and transformers along, and `align --help` should answer at once.
-    import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from salad_lightning.corpus.aligner import CtcAligner
-    from salad_lightning.corpus.written_shard import shard_digest, shards_by_name
+    from salad_lightning.corpus.device import usable_device
+    from salad_lightning.corpus.written_shard import published, shard_digest, shards_by_name
 
     output = Path(output)
     paths = shards_by_name(shards)
     made_with = [__version__, model, min_confidence]
-    finished = finish_publication(output)
-    if finished is not None and finished == json.dumps([shard_digest(made_with, path) for path in paths.values()]):
-        index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
+    if (index := published(output, made_with, paths.values())) is not None:
         return index
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{chosen!r} is no device here ({str(error).splitlines()[0]})", where="--device", cure="use auto or cpu"
-        ) from error
+    chosen = usable_device(device)
     if batch_seconds <= 0:
         raise UserError(f"{batch_seconds} s of audio are nothing to align", where="--batch-seconds", cure="give > 0")
 

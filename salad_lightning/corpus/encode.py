@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from salad_lightning import __version__
 from salad_lightning.corpus.length_batches import length_batches
-from salad_lightning.corpus.output_folder import INDEX, PARTIAL
-from salad_lightning.corpus.workspace import finish_publication, open_workspace
-from salad_lightning.corpus.written_shard import Sample, shard_digest, shards_by_name, write_shard
+from salad_lightning.corpus.output_folder import PARTIAL
+from salad_lightning.corpus.workspace import open_workspace
+from salad_lightning.corpus.written_shard import Sample, published, shard_digest, shards_by_name, write_shard
 from salad_lightning.data.arrays import encode_array
 from salad_lightning.data.format import Utterance, decode, read_shard
 from salad_lightning.data.packing import pad
@@ -79,11 +79,9 @@ def encode_shards(
     if not trainer.is_global_zero:
         _encode(trainer, loop, [])
         return None
-    finished = finish_publication(output)
-    if finished is not None and finished == json.dumps([shard_digest(made_with, path) for path in names.values()]):
+    if (done := published(output, made_with, names.values())) is not None:
         _encode(trainer, loop, [])
-        index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
-        return index
+        return done
     with open_workspace(output, overwrite=overwrite) as space:
         # What an earlier run finished is hashed here, the rest where it is read.
         todo = [

@@ -121,3 +121,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield Row(f"{path}, row {number}", values)
     except pyarrow.ArrowException as error:
         raise UserError(f"not a readable parquet file ({error})", where=str(path)) from error
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """A row's values as they will be read from a shard: dates of parquet become text.
+
+    Raises:
+        UserError: If they are not Unicode text.
+    """
+    try:
+        record: dict[str, Any] = json.loads(json.dumps(values, default=str, ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:  # JSON escapes can spell half of a surrogate pair
+        raise UserError(f"the row is not Unicode text ({error})", cure="write the row again") from error
+    return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from salad_lightning.corpus.manifest import Row
+from salad_lightning.corpus.manifest import Row, as_json
 from salad_lightning.corpus.recordings import Recording
 from salad_lightning.corpus.rules import Rejection, Rules
 from salad_lightning.corpus.sound import active_range, with_level
@@ -105,7 +104,10 @@ def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> li
         if not isinstance(text, str) or not text.strip():
             cure = "fill it, drop the row, or name another column with --text-column"
             raise _Broken("no text", f"there is no text in column `{job.text_column}`", cure)
-        record = _as_json({**record, "text": text})
+        try:
+            record = as_json({**record, "text": text})
+        except UserError as error:
+            raise _Broken("broken row", error.what, error.cure) from error
         if not job.has_audio:
             return [Sample(key, record)]
         if row.audio is None:
@@ -115,15 +117,6 @@ def _samples(job: ShardJob, key: str, row: Row, rejected: list[Rejection]) -> li
     except _Broken as broken:
         rejected.append(Rejection(row.where, key, *broken.args))
         return []
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read from the shard: dates of parquet become text."""
-    try:
-        record: dict[str, Any] = json.loads(json.dumps(values, default=str, ensure_ascii=False).encode())
-    except UnicodeEncodeError as error:  # JSON escapes can spell half of a surrogate pair
-        raise _Broken("broken row", f"the row is not Unicode text ({error})", "write the row again") from error
-    return record
 
 
 def _load(job: ShardJob, recording: Recording, record: dict[str, Any], where: str) -> _Clip:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from salad_lightning.corpus.manifest import Row
+from salad_lightning.corpus.manifest import Row, as_json
 from salad_lightning.corpus.rules import Rejection
 from salad_lightning.corpus.written_shard import Sample, write_shard
 from salad_lightning.data.audio import as_float, encode_flac, resample
@@ -112,9 +112,9 @@ def _speak(job: SpeechJob, key: str, row: Row) -> Sample:
         "seconds": round(duration_s, 3),
     }
     try:
-        record = json.loads(json.dumps(record, default=str, ensure_ascii=False).encode())  # dates become text
-    except UnicodeEncodeError as error:  # JSON escapes can spell half of a surrogate pair
-        raise _Unspoken("broken row", f"the row is not Unicode text ({error})") from error
+        record = as_json(record)
+    except UserError as error:
+        raise _Unspoken("broken row", error.what) from error
     return Sample(key, record, encode_flac(audio, rate), seconds=record["seconds"])
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salad_lightning.corpus.output_folder import sha256_of
-from salad_lightning.corpus.workspace import write_aside
+from salad_lightning.corpus.output_folder import INDEX, sha256_of
+from salad_lightning.corpus.workspace import finish_publication, write_aside
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import expand_shards
 from salad_lightning.errors import UserError
 
-__all__ = ["Sample", "shard_digest", "shards_by_name", "write_shard"]
+__all__ = ["Sample", "published", "shard_digest", "shards_by_name", "write_shard"]
 
 
 class Sample(NamedTuple):
@@ -109,3 +109,15 @@ def shard_digest(made_with: Sequence[Any], path: str) -> str:
     Tars are padded to whole blocks, so that a corrected text seldom changes their size.
     """
     return hashlib.sha256(json.dumps([*made_with, path, sha256_of(Path(path))]).encode()).hexdigest()
+
+
+def published(output: Path, made_with: Sequence[Any], paths: Iterable[str]) -> dict[str, Any] | None:
+    """The index, where an earlier run on the same shards had only to move its files into place; else None.
+
+    Such a run's request is the digests of its shards, in order.
+    """
+    request = finish_publication(output)
+    if request is None or request != json.dumps([shard_digest(made_with, path) for path in paths]):
+        return None
+    index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
+    return index

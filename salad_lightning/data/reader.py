@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from salad_lightning.data.format import RawSample, read_shard
 from salad_lightning.data.tolerance import Tolerance
 from salad_lightning.errors import UserError
 
-__all__ = ["PastReaders", "ShuffledReader"]
+__all__ = ["PastReaders", "ShuffledReader", "read_shards"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ShuffledReader:
             if any(readers.have_read(epoch, place, None, len(order)) for readers in self.past):
                 seen += 1
                 continue
-            for sample, raw in enumerate(self._read_shard(order[place])):
+            for sample, raw in enumerate(read_shards([order[place]], self.tolerance, allow_pipe=self.allow_pipe)):
                 seen += 1
                 if shard == first_shard and sample < first_sample:
                     continue
@@ -167,10 +167,16 @@ class ShuffledReader:
                 "the shards hold no sample", where=", ".join(order[:3]), cure="write them again"
             )
 
-    def _read_shard(self, path: str) -> Iterator[RawSample]:
-        """Samples of a shard up to where it breaks, if it does."""
-        self.tolerance.count("shard")
+
+def read_shards(paths: Iterable[str], tolerance: Tolerance, *, allow_pipe: bool = False) -> Iterator[RawSample]:
+    """Samples of shards; of one that breaks off, those before, where ``tolerance`` allows it.
+
+    Raises:
+        UserError: If more shards are unreadable than may be.
+    """
+    for path in paths:
+        tolerance.count("shard")
         try:
-            yield from read_shard(path, allow_pipe=self.allow_pipe)
+            yield from read_shard(path, allow_pipe=allow_pipe)
         except UserError as error:
-            self.tolerance.skip("shard", error, path)
+            tolerance.skip("shard", error, path)

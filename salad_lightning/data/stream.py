@@ -21,9 +21,9 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from salad_lightning.batch import SpeechBatch
-from salad_lightning.data.format import RawSample, Utterance, decode, read_shard
+from salad_lightning.data.format import RawSample, Utterance, decode
 from salad_lightning.data.packing import PackedRows, collate, pack
-from salad_lightning.data.reader import PastReaders, ShuffledReader
+from salad_lightning.data.reader import PastReaders, ShuffledReader, read_shards
 from salad_lightning.data.segments import Document
 from salad_lightning.data.sources import Source, shard_paths
 from salad_lightning.data.spec import SequenceSpec
@@ -175,17 +175,9 @@ class EvaluationStream(IterableDataset[SpeechBatch]):
     def _decode(self, raw: RawSample) -> Utterance:
         return decode(raw, source=self.source.name, sample_rate_hz=self.spec.sample_rate_hz, keep_int16=True)
 
-    def _read(self, tolerance: Tolerance) -> Iterator[RawSample]:
-        for path in self.paths:
-            tolerance.count("shard")
-            try:
-                yield from read_shard(path, allow_pipe=self.source.allow_pipe)
-            except UserError as error:
-                tolerance.skip("shard", error, path)
-
     def _paired(self, tolerance: Tolerance) -> Iterator[tuple[RawSample, RawSample | None]]:
         """Samples, and whose audio they take instead of their own; the first, which takes the last's, comes last."""
-        samples = self._read(tolerance)
+        samples = read_shards(self.paths, tolerance, allow_pipe=self.source.allow_pipe)
         if self.source.documents.control != "shuffled":
             yield from ((raw, None) for raw in samples)
             return

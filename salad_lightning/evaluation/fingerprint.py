@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from salad_lightning.corpus.output_folder import sha256_of
 from salad_lightning.data.documents import DocumentBuilder
 from salad_lightning.data.format import decode
+from salad_lightning.data.reader import read_shards
 from salad_lightning.data.sources import Source, expand_shards, shard_paths
 from salad_lightning.data.tolerance import Tolerance
 from salad_lightning.errors import UserError
-from salad_lightning.evaluation.transcripts import audio_digest, read_shards
+from salad_lightning.evaluation.transcripts import audio_digest
 
 __all__ = ["fingerprint", "model_name", "source_fingerprint"]
 
@@ -78,12 +80,4 @@ def _entries(path: Path) -> list[str]:
     if not path.exists():
         return [str(path)]
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [f"{file.name} {_sha256(file)}" for file in files]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return [f"{file.name} {sha256_of(file)}" for file in files]

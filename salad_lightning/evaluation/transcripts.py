@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from salad_lightning.data.format import AUDIO_EXTENSIONS, RawSample, Utterance, decode, read_shard
+from salad_lightning.data.format import AUDIO_EXTENSIONS, RawSample, Utterance, decode
+from salad_lightning.data.reader import read_shards
 from salad_lightning.data.sources import expand_shards
 from salad_lightning.data.tolerance import Tolerance
 from salad_lightning.errors import UserError
 
-__all__ = ["Transcript", "Transcripts", "audio_digest", "read_shards"]
+__all__ = ["Transcript", "Transcripts", "audio_digest"]
 
 Hear = Callable[[NDArray[np.float32]], str]
 
@@ -133,16 +134,6 @@ class Transcripts:
             cut = utterance.audio[: max(math.ceil(end_s * self._rate), 1)]
             return Utterance(**{**vars(utterance), "audio": cut})
         return utterance
-
-
-def read_shards(paths: Sequence[str], tolerance: Tolerance, *, allow_pipe: bool = False) -> Iterator[RawSample]:
-    """Samples of shards; of one that breaks off, those before, where ``tolerance`` allows it."""
-    for path in paths:
-        tolerance.count("shard")
-        try:
-            yield from read_shard(path, allow_pipe=allow_pipe)
-        except UserError as error:
-            tolerance.skip("shard", error, path)
 
 
 def audio_digest(raw: RawSample) -> str:

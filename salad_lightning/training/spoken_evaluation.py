@@ -20,6 +20,7 @@ from salad_lightning import __version__
 from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.choice import ChoiceDocuments
 from salad_lightning.data.format import decode
+from salad_lightning.data.reader import read_shards
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.data.sources import Source, shard_paths
 from salad_lightning.data.tolerance import Tolerance
@@ -28,7 +29,7 @@ from salad_lightning.evaluation.comparison import compare, draw, rich_table, to_
 from salad_lightning.evaluation.fingerprint import source_fingerprint
 from salad_lightning.evaluation.recognizer import Recognizer
 from salad_lightning.evaluation.transcription import ErrorRates
-from salad_lightning.evaluation.transcripts import Transcript, Transcripts, read_shards
+from salad_lightning.evaluation.transcripts import Transcript, Transcripts
 from salad_lightning.training.base import save_folder
 
 __all__ = ["SpokenEvaluation"]

@@ -22,5 +22,6 @@ def usable_device(name: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise UserError(f"{device} cannot be used ({error})", where="--device", cure="try --device cpu") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{device} cannot be used ({reason})", where="--device", cure="try --device cpu") from error
     return device
