@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from salad_lightning.errors import UserError
 
-__all__ = ["FEW_ROWS", "check_budget"]
+__all__ = ["FEW_ROWS", "Budget", "gather"]
 
 FEW_ROWS = 1000
 """While fewer were read, the budget is as if there were so many: a share of few says little."""
@@ -15,25 +15,71 @@ FEW_ROWS = 1000
 _SHOWN = 5
 
 
-def check_budget(bad: Sequence[dict[str, Any]], num_rows: int, max_bad_fraction: float, what: str, cure: str) -> None:
-    """Stop where too many rows are unusable.
+class Budget(NamedTuple):
+    """What may be bad.
+
+    Attributes:
+        max_bad_fraction: Share of the rows that may be.
+        what: The bad ones, for the message.
+        cure: What to do about them.
+        all_may_be: Whether every row may be, at a share of 1.
+    """
+
+    max_bad_fraction: float
+    what: str
+    cure: str
+    all_may_be: bool = True
+
+    def check(self, bad: Sequence[dict[str, Any]], num_rows: int) -> None:
+        """Stop where too many rows are unusable.
+
+        Args:
+            bad: Rejections as dictionaries.
+            num_rows: Rows read.
+
+        Raises:
+            UserError: With the first of them, if they are more.
+        """
+        if len(bad) <= self.max_bad_fraction * num_rows and (self.all_may_be or len(bad) < max(num_rows, 1)):
+            return
+        shown = [
+            f"{row['where']}: {row['reason']}: {row['detail']}" + (f" ({row['cure']})" if row["cure"] else "")
+            for row in bad[:_SHOWN]
+        ]
+        more = [f"… and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+        head = f"{len(bad)} {self.what}, more than --max-bad-fraction {self.max_bad_fraction:g} allows:"
+        raise UserError("\n  ".join([head, *shown, *more]), cure=self.cure)
+
+
+def gather(
+    made: Iterable[dict[str, Any]],
+    budget: Budget,
+    bad_rows: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    *,
+    progress: str,
+    unit: str,
+) -> list[dict[str, Any]]:
+    """Reports of shards as they are made, with a progress bar.
 
     Args:
-        bad: Rejections as dictionaries.
-        num_rows: Rows read.
-        max_bad_fraction: Share of them that may be bad.
-        what: What they are, for the message.
-        cure: What to do about it.
+        made: The reports, each with ``num_rows``.
+        budget: Checked after every shard, and at the end.
+        bad_rows: Those of a report.
+        progress: The bar's name.
+        unit: Of its counts, with a space before it.
 
     Raises:
-        UserError: With the first of them, if they are more.
+        UserError: If the budget is spent.
     """
-    if len(bad) <= max_bad_fraction * num_rows:
-        return
-    shown = [
-        f"{row['where']}: {row['reason']}: {row['detail']}" + (f" ({row['cure']})" if row["cure"] else "")
-        for row in bad[:_SHOWN]
-    ]
-    more = [f"… and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-    head = f"{len(bad)} {what}, more than --max-bad-fraction {max_bad_fraction:g} allows:"
-    raise UserError("\n  ".join([head, *shown, *more]), cure=cure)
+    from tqdm import tqdm  # type: ignore[import-untyped]  # not for `--help`
+
+    reports, bad, num_rows = list[dict[str, Any]](), list[dict[str, Any]](), 0
+    with tqdm(desc=progress, unit=unit) as bar:
+        for report in made:
+            reports.append(report)
+            num_rows += report["num_rows"]
+            bad += bad_rows(report)
+            bar.update(report["num_rows"])
+            budget.check(bad, max(num_rows, FEW_ROWS))
+    budget.check(bad, num_rows)
+    return reports

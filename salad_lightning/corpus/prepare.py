@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from salad_lightning.corpus.budget import FEW_ROWS, check_budget
+from salad_lightning.corpus.budget import Budget, gather
 from salad_lightning.corpus.card import dataset_card
 from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
 from salad_lightning.corpus.manifest import Row
-from salad_lightning.corpus.output_folder import INDEX, shard_prefix
+from salad_lightning.corpus.output_folder import INDEX, sha256_of, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
 from salad_lightning.corpus.readers import READERS
 from salad_lightning.corpus.rules import BROKEN, Rules
-from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
+from salad_lightning.corpus.workspace import Workspace, finish_publication, numbered_anew, open_workspace
 from salad_lightning.errors import UserError
 
 __all__ = ["add_arguments", "prepare", "run"]
@@ -182,7 +182,7 @@ def prepare(
     request = _Request(
         str(inputs), kind, source, text_column, samples_per_shard, sample_rate_hz, trim, level_dbfs, rules or Rules()
     )
-    note = json.dumps(asdict(request), sort_keys=True)
+    note = json.dumps([asdict(request), _content(request.inputs)], sort_keys=True)
     rows = READERS[kind](request.inputs)
     if finish_publication(output) == note:
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
@@ -192,14 +192,17 @@ def prepare(
         return _publish(space, request, note, reports)
 
 
+def _content(inputs: str) -> str:
+    """Of a file, so that one that was changed is read again; of folders and globs nothing is known but the name."""
+    return sha256_of(Path(inputs)) if Path(inputs).is_file() else ""
+
+
 def _make_shards(
     space: Workspace, request: _Request, rows: Iterator[Row], workers: int, max_bad_fraction: float
 ) -> list[dict[str, Any]]:
     """Reports of all shards, in order."""
     # Here, not above: the maker brings torch along, and `prepare --help` should answer at once.
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from salad_lightning.corpus.shard_maker import ShardJob
+    from salad_lightning.corpus.shard_maker import ShardJob, make_shard
 
     jobs = (
         ShardJob(
@@ -216,43 +219,26 @@ def _make_shards(
         )
         for number, batch in enumerate(row_batches(keyed(rows), request.samples_per_shard))
     )
-    reports: list[dict[str, Any]] = []
-    num_rows, broken = 0, list[dict[str, Any]]()
-    with tqdm(desc="prepare", unit=" rows") as progress:
-        for report in map_in_order(functools.partial(_made, space), jobs, workers):
-            reports.append(report)
-            num_rows += report["num_rows"]
-            broken += [rejection for rejection in report["rejected"] if rejection["reason"] in BROKEN]
-            progress.update(report["num_rows"])
-            _check_budget(broken, max(num_rows, FEW_ROWS), max_bad_fraction)
+    budget = Budget(max_bad_fraction, "broken rows", "put them right, or raise --max-bad-fraction to leave them out")
+    made = map_in_order(functools.partial(space.finished_or_made, make_shard), jobs, workers)
+    reports = gather(made, budget, _broken, progress="prepare", unit=" rows")
     if not reports:
         raise UserError("there is no row", where=request.inputs, cure="list at least one sample")
-    _check_budget(broken, num_rows, max_bad_fraction)
     return reports
 
 
-def _made(space: Workspace, job: Any) -> dict[str, Any]:
-    """A shard's report; runs in a worker."""
-    from salad_lightning.corpus.shard_maker import make_shard  # as above
-
-    return space.finished(job.name, job.digest) or make_shard(job)
-
-
-def _check_budget(broken: list[dict[str, Any]], num_rows: int, max_bad_fraction: float) -> None:
-    cure = "put them right, or raise --max-bad-fraction to leave them out"
-    check_budget(broken, num_rows, max_bad_fraction, "broken rows", cure)
+def _broken(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rejection for rejection in report["rejected"] if rejection["reason"] in BROKEN]
 
 
 def _publish(space: Workspace, request: _Request, note: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
     rejected = [rejection for report in reports for rejection in report["rejected"]]
     reasons = dict(sorted(Counter(rejection["reason"] for rejection in rejected).items()))
     kept = [report for report in reports if report["num_samples"]]
+    names, shards = numbered_anew(reports, request.source)
     if not kept:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
         raise UserError(f"no row is left ({counts})", where=request.inputs, cure="relax the rules")
-    # Numbered anew: shards whose rows were all left out make no gaps.
-    names = {report["name"]: f"{request.source}-{number:06d}.tar" for number, report in enumerate(kept)}
-    columns = ("num_samples", "seconds", "sha256")
     index = {
         "source": request.source,
         "sample_rate_hz": request.sample_rate_hz,
@@ -260,7 +246,7 @@ def _publish(space: Workspace, request: _Request, note: str, reports: list[dict[
         "num_samples": sum(report["num_samples"] for report in kept),
         "seconds": round(sum(report["seconds"] for report in kept), 3),
         "rejected": reasons,
-        "shards": [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept],
+        "shards": shards,
     }
     facts: dict[str, Any] = {name: dict(_total(report[name] for report in kept)) for name in ("fields", "languages")}
     facts["speakers"] = len({speaker for report in kept for speaker in report["speakers"]})

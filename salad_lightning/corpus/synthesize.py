@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import operator
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ from typing import Any
 
 import yaml
 
-from salad_lightning.corpus.budget import FEW_ROWS, check_budget
+from salad_lightning.corpus.budget import Budget, gather
 from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
 from salad_lightning.corpus.manifest import read_rows
-from salad_lightning.corpus.output_folder import INDEX, shard_prefix
+from salad_lightning.corpus.output_folder import INDEX, sha256_of, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
-from salad_lightning.corpus.workspace import Workspace, finish_publication, open_workspace
+from salad_lightning.corpus.workspace import Workspace, finish_publication, numbered_anew, open_workspace
 from salad_lightning.errors import UserError
 
 __all__ = ["add_arguments", "run", "synthesize", "voice_of"]
@@ -146,7 +147,8 @@ def synthesize(
         "text_column": text_column,
         "sample_rate_hz": sample_rate_hz,
     }
-    note = json.dumps([str(manifest), source, samples_per_shard, settings])
+    read_rows(Path(manifest))  # complains where it cannot be read
+    note = json.dumps([sha256_of(Path(manifest)), source, samples_per_shard, settings])
     if finish_publication(output) == note:
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
         return index
@@ -183,60 +185,37 @@ def _speak_all(
 ) -> list[dict[str, Any]]:
     """Reports of all shards, in order."""
     # Here, not above: torch comes with it, and `synthesize --help` should answer at once.
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from salad_lightning.corpus.speaking import SpeechJob
+    from salad_lightning.corpus.speaking import SpeechJob, speak_shard
 
     jobs = (
         SpeechJob(space.folder, f"{source}-{number:06d}.tar", rows_digest(settings, batch), batch, **settings)
         for number, batch in enumerate(row_batches(keyed(read_rows(manifest)), samples_per_shard))
     )
-    reports: list[dict[str, Any]] = []
-    num_rows, failed = 0, list[dict[str, Any]]()
+    cure = "mend the texts or the synthesizer, or raise --max-bad-fraction to leave them out"
+    budget = Budget(max_bad_fraction, "texts could not be spoken", cure, all_may_be=False)
+    made = map_in_order(functools.partial(space.finished_or_made, speak_shard), jobs, workers)
     try:
-        with tqdm(desc="synthesize", unit=" texts") as progress:
-            for report in map_in_order(functools.partial(_spoken, space), jobs, workers):
-                reports.append(report)
-                num_rows += report["num_rows"]
-                failed += report["failed"]
-                progress.update(report["num_rows"])
-                _check_failures(failed, max(num_rows, FEW_ROWS), max_bad_fraction)
+        reports = gather(made, budget, operator.itemgetter("failed"), progress="synthesize", unit=" texts")
     except BrokenProcessPool as error:
         cure = "type the same command again to go on; --workers 1 shows at which shard it dies"
         raise UserError("a process of the synthesizer died", where=str(manifest), cure=cure) from error
     if not reports:
         raise UserError("there is no row", where=str(manifest), cure="list at least one text")
-    _check_failures(failed, num_rows, min(max_bad_fraction, 1 - 0.5 / num_rows))  # not every one of them
     return reports
-
-
-def _spoken(space: Workspace, job: Any) -> dict[str, Any]:
-    """A shard's report; runs in a worker."""
-    from salad_lightning.corpus.speaking import speak_shard  # as above
-
-    return space.finished(job.name, job.digest) or speak_shard(job)
-
-
-def _check_failures(failed: Sequence[dict[str, Any]], num_rows: int, max_bad_fraction: float) -> None:
-    cure = "mend the texts or the synthesizer, or raise --max-bad-fraction to leave them out"
-    check_budget(failed, num_rows, max_bad_fraction, "texts could not be spoken", cure)
 
 
 def _publish(
     space: Workspace, note: str, source: str, settings: dict[str, Any], reports: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     failed = [failure for report in reports for failure in report["failed"]]
-    kept = [report for report in reports if report["num_samples"]]
-    # Numbered anew: shards of which nothing could be spoken make no gaps.
-    names = {report["name"]: f"{source}-{number:06d}.tar" for number, report in enumerate(kept)}
-    columns = ("num_samples", "seconds", "sha256")
+    names, shards = numbered_anew(reports, source)
     index = {
         "source": source,
         **settings,
         "voices": [json.loads(voice) for voice in settings["voices"]],
-        "num_samples": sum(report["num_samples"] for report in kept),
-        "seconds": round(sum(report["seconds"] for report in kept), 3),
+        "num_samples": sum(shard["num_samples"] for shard in shards),
+        "seconds": round(sum(shard["seconds"] for shard in shards), 3),
         "failed": dict(sorted(Counter(failure["reason"] for failure in failed).items())),
-        "shards": [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept],
+        "shards": shards,
     }
     return space.publish(note, names, index, lists={_FAILED: failed})

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from salad_lightning.corpus.output_folder import INDEX, PARTIAL, replaceable, sha256_of
 from salad_lightning.errors import UserError
 
-__all__ = ["Workspace", "finish_publication", "open_workspace", "write_aside"]
+__all__ = ["Workspace", "finish_publication", "numbered_anew", "open_workspace", "write_aside"]
 
 _PUBLISH = "publish.json"
 _WORTH_KEEPING = 1000
@@ -42,6 +42,10 @@ class Workspace:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return None
+
+    def finished_or_made(self, make: Callable[[Any], dict[str, Any]], job: Any) -> dict[str, Any]:
+        """A shard's report: that of an earlier run, or of ``make(job)``; a job has ``name`` and ``digest``."""
+        return self.finished(job.name, job.digest) or make(job)
 
     def publish(
         self,
@@ -139,6 +143,23 @@ def write_aside(path: Path, text: str) -> None:
     # Paths and rows that are listed as broken may hold what is no UTF-8.
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
+
+
+def numbered_anew(reports: Sequence[dict[str, Any]], source: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Names without gaps for the shards that have samples.
+
+    Args:
+        reports: Of all shards, each with name, number of samples, seconds and SHA-256.
+        source: What the names begin with.
+
+    Returns:
+        Name in the workspace to the new one, and what the index says of every shard.
+    """
+    kept = [report for report in reports if report["num_samples"]]
+    names = {report["name"]: f"{source}-{number:06d}.tar" for number, report in enumerate(kept)}
+    columns = ("num_samples", "seconds", "sha256")
+    shards = [{"name": names[report["name"]]} | {column: report[column] for column in columns} for report in kept]
+    return names, shards
 
 
 def _publish(output: Path) -> None:

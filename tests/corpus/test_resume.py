@@ -1,5 +1,6 @@
 """What is left of ``prepare`` when it is killed, and what comes of typing the same command again."""
 
+import functools
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import soundfile
@@ -16,6 +18,7 @@ import webdataset
 from salad_lightning.corpus import workspace
 from salad_lightning.corpus.prepare import prepare
 from salad_lightning.corpus.rules import Rules
+from salad_lightning.corpus.synthesize import synthesize
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import speak_tones
@@ -217,3 +220,18 @@ def test_shards_open_unchanged_in_plain_webdataset(unbroken, tmp_path):
     assert theirs == ours
     (first, *_) = webdataset.WebDataset(paths, shardshuffle=False)
     assert {name for name in first if not name.startswith("__")} == {"json", "flac"}
+
+
+@pytest.mark.parametrize("make", [functools.partial(prepare, kind="text"), synthesize], ids=["prepare", "synthesize"])
+@pytest.mark.parametrize("texts", [["ten cats"], ["ten dogs", "two cats"]], ids=["same", "changed"])
+def test_a_manifest_changed_while_files_move_is_read_again(tmp_path, monkeypatch, make, texts):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text(json.dumps({"text": "ten cats"}) + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(manifest, tmp_path / "out")
+    manifest.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    # What was about to be moved is moved first; only another manifest has something to overwrite.
+    index = make(manifest, tmp_path / "out", overwrite=len(texts) > 1)
+    assert index["num_samples"] == len(texts)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-import salad_lightning
 from salad_lightning.connectors.mlp import MLPConnector
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
@@ -22,6 +19,7 @@ from salad_lightning.data.packing import collate
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
+from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
@@ -178,30 +176,6 @@ def test_clipping_sees_the_mean(world, rows, reference):
 # Two processes
 
 
-def two_processes(folder, *command):
-    """Run ``python *command`` as two ranks; fails on an error or a hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    # The package under test may be a copy that is not the installed one.
-    package = str(Path(salad_lightning.__file__).parents[1])
-    common = os.environ | {"NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = common | {"LOCAL_RANK": str(rank), "PYTHONPATH": package}
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-
-
 def main_of_rank(folder, name):
     """What ``python test_normalisation.py FOLDER NAME`` does: train as one of the ranks, and rank 0 keeps gradients."""
     torch.set_num_threads(1)
@@ -218,7 +192,7 @@ def main_of_rank(folder, name):
 def test_two_processes_take_the_same_steps_as_one(world, rows, reference, name):
     """Rank 1 has text alone, so its connector hears nothing, and ten times the tokens of rank 0."""
     (world.folder / "rows.pickle").write_bytes(pickle.dumps(rows))
-    two_processes(world.folder, __file__, str(world.folder), name)
+    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), name))
     logged = TinyRun(world.folder / name)
     for figure in ("loss", "nll", "kl"):
         assert logged.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
@@ -244,7 +218,9 @@ def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
         "--trainer.callbacks.save_last=true",
     ]
     command_line = ("-m", "salad_lightning")
-    two_processes(world.folder, *command_line, *world.arguments("fit", "whole-run", *options))
+    finish_ranks(
+        world.folder, start_ranks(world.folder, 2, *command_line, *world.arguments("fit", "whole-run", *options))
+    )
     run = TinyRun(world.folder / "whole-run")
     assert len(run.column("train/loss")) == 4
     assert len(run.column("val/speech/misalignment")) == 2
@@ -252,7 +228,7 @@ def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
     assert (run.folder / "checkpoints" / "last.ckpt").is_dir()
     halfway = run.folder / "checkpoints" / "epoch=0-step=2.ckpt"
     going_on = world.arguments("fit", "going-on", *options)
-    two_processes(world.folder, *command_line, *going_on, f"--ckpt_path={halfway}")
+    finish_ranks(world.folder, start_ranks(world.folder, 2, *command_line, *going_on, f"--ckpt_path={halfway}"))
     resumed = TinyRun(world.folder / "going-on")
     assert resumed.column("train/loss") == pytest.approx(run.column("train/loss")[2:], rel=1e-5)
 

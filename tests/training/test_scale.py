@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-import salad_lightning
 from salad_lightning.connectors.mlp import MLPConnector
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
@@ -27,6 +23,7 @@ from salad_lightning.model.checkpoint_folder import stored_shapes
 from salad_lightning.model.llm import load_language_model
 from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
+from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
 from salad_lightning.training.base import load_checkpoint
 from salad_lightning.training.callbacks import GlobalBatch
@@ -165,35 +162,6 @@ def test_accumulation_changes_nothing(world, rows, reference):
 # Several processes
 
 
-def start(folder, count, *command, name="rank"):
-    """Start ``python *command`` as ranks of one run; their logs go to ``folder``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    package = str(Path(salad_lightning.__file__).parents[1])
-    common = os.environ | {"NODE_RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": port, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(count):
-        with (folder / f"{name}-{rank}.log").open("w") as output:
-            environment = common | {"LOCAL_RANK": str(rank)}
-            command_line = [sys.executable, *command]
-            processes.append(
-                subprocess.Popen(command_line, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-            )
-    return processes
-
-
-def finish(folder, processes, name="rank"):
-    try:
-        codes = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((folder / f"{name}-{rank}.log").read_text()[-3000:] for rank in range(len(processes)))
-    assert codes == [0] * len(processes), logs
-
-
 def main_of_rank(folder, name, count, ckpt_path=""):
     """What ``python test_scale.py FOLDER NAME COUNT [CHECKPOINT]`` does, as one of the ranks."""
     torch.set_num_threads(1)
@@ -219,7 +187,7 @@ def check_shards(module):
 @pytest.fixture(scope="module")
 def sharded(world, rows):
     folder = world.folder
-    finish(folder, start(folder, 2, __file__, str(folder), "sharded", "2"))
+    finish_ranks(folder, start_ranks(folder, 2, __file__, str(folder), "sharded", "2"))
     return folder / "sharded" / "half.ckpt"
 
 
@@ -228,7 +196,7 @@ def test_two_sharded_processes_take_the_same_steps(world, sharded, reference):
 
 
 def test_two_replicas_take_the_same_steps(world, rows, reference):
-    finish(world.folder, start(world.folder, 2, __file__, str(world.folder), "ddp", "2"))
+    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), "ddp", "2"))
     assert losses(world, "ddp") == pytest.approx(reference, rel=1e-5)
 
 
@@ -259,7 +227,7 @@ def test_one_process_goes_on_from_two(world, rows, sharded, reference):
 
 
 def test_four_processes_go_on_from_two(world, rows, sharded, reference):
-    finish(world.folder, start(world.folder, 4, __file__, str(world.folder), "four", "4", str(sharded)))
+    finish_ranks(world.folder, start_ranks(world.folder, 4, __file__, str(world.folder), "four", "4", str(sharded)))
     assert losses(world, "four") == pytest.approx(reference[HALF:], rel=1e-5)
 
 
@@ -305,10 +273,10 @@ trainer:
 
 def test_a_sharded_run_that_is_killed_ends_where_the_unbroken_one_ends(world):
     folder = world.folder
-    finish(folder, start(folder, 2, *recipe(world, "unbroken"), name="unbroken"), name="unbroken")
+    finish_ranks(folder, start_ranks(folder, 2, *recipe(world, "unbroken"), name="unbroken"), name="unbroken")
     unbroken = losses(world, "unbroken")
     assert len(unbroken) == 30
-    processes = start(folder, 2, *recipe(world, "killed"), name="killed")
+    processes = start_ranks(folder, 2, *recipe(world, "killed"), name="killed")
     last = folder / "killed" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not last.exists() and time.monotonic() < deadline:
@@ -317,7 +285,9 @@ def test_a_sharded_run_that_is_killed_ends_where_the_unbroken_one_ends(world):
         process.send_signal(signal.SIGKILL)
     codes = [process.wait() for process in processes]
     assert codes == [-signal.SIGKILL] * 2, (folder / "killed-0.log").read_text()[-3000:]
-    finish(folder, start(folder, 2, *recipe(world, "killed"), f"--ckpt_path={last}", name="resumed"), name="resumed")
+    finish_ranks(
+        folder, start_ranks(folder, 2, *recipe(world, "killed"), f"--ckpt_path={last}", name="resumed"), name="resumed"
+    )
     rows = [row for row in TinyRun(folder / "killed").metrics() if "train/loss" in row]
     assert [row["step"] for row in rows][-6:] == list(range(24, 30))
     assert [row["train/loss"] for row in rows] == pytest.approx([unbroken[int(row["step"])] for row in rows], rel=1e-5)

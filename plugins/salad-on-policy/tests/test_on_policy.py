@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from salad_on_policy.module import OnPolicyModule
@@ -22,6 +17,7 @@ from salad_lightning.errors import UserError
 from salad_lightning.objectives.nll import NLLObjective
 from salad_lightning.objectives.reverse_kl import ReverseKLObjective
 from salad_lightning.projection import logits
+from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, save_tiny_world
 
 CONTEXT, TOKENS, ROWS = 128, 6, 5
@@ -202,19 +198,7 @@ def test_two_sharded_ranks_stay_in_step(world):
     overlay.write_text("trainer: {strategy: {class_path: salad_lightning.model.parallel.FullyShardedStrategy}}")
     options = [*OPTIONS, f"--config={overlay}", "--trainer.devices=2", "--trainer.max_steps=4"]
     arguments = world.arguments("fit", "two", *options, "--data.rows_per_batch=1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "salad_lightning", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, env=common | {"LOCAL_RANK": str(rank)}, **pipes) for rank in range(2)]
-    try:
-        outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    finish_ranks(world.folder, start_ranks(world.folder, 2, "-m", "salad_lightning", *arguments))
     losses = TinyRun(world.folder / "two").column("train/loss")
     assert len(losses) == 4
     assert all(value >= 0 for value in losses)
