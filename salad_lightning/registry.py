@@ -18,7 +18,7 @@ from typing import Literal
 
 from salad_lightning.errors import UserError
 
-__all__ = ["INTERFACES", "Kind", "Part", "Registry", "State", "load_all"]
+__all__ = ["INTERFACES", "MODEL_KINDS", "Kind", "Part", "Registry", "State", "load_all"]
 
 Kind = Literal["encoder", "connector", "objective", "synthesizer", "module"]
 State = Literal["ok", "failed", "clash"]
@@ -31,6 +31,9 @@ INTERFACES: dict[Kind, str] = {
     "module": "salad_lightning.training.base.TokenLossModule",
 }
 """The class each kind must subclass; its entry-point group is ``salad_lightning.<kind>s``."""
+
+MODEL_KINDS: tuple[Kind, ...] = ("encoder", "connector", "objective", "module")
+"""What a model is made of: to load voices takes time, and training has no use for them."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def encoder_of(recipes: Sequence[Path]) -> Encoder:
     from salad_lightning.interfaces import Encoder
     from salad_lightning.registry import load_all
 
-    load_all()
+    load_all(["encoder"])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Encoder, "encoder")
     config: Any = None

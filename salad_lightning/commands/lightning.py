@@ -23,7 +23,7 @@ from salad_lightning.commands.parse_errors import explain
 from salad_lightning.commands.quiet import quieten
 from salad_lightning.commands.settings import Setting, check_part_names, read_settings
 from salad_lightning.errors import UserError
-from salad_lightning.registry import load_all
+from salad_lightning.registry import MODEL_KINDS, load_all
 
 __all__ = ["SaladCLI", "run"]
 
@@ -165,7 +165,7 @@ def run(subcommand: str, argv: list[str]) -> None:
     settings = read_settings(argv)
     _check_torchaudio()
     # Before the parser is built: jsonargparse finds short names among the subclasses that have been imported.
-    registry = load_all()
+    registry = load_all(MODEL_KINDS)
     for module in (_DEFAULT_MODEL.rpartition(".")[0], _DEFAULT_DATA.rpartition(".")[0], *_NAMED):
         importlib.import_module(module)
     check_part_names(settings, registry)

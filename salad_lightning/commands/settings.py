@@ -14,7 +14,7 @@ from typing import NamedTuple
 import yaml
 
 from salad_lightning.errors import UserError
-from salad_lightning.registry import INTERFACES, Registry
+from salad_lightning.registry import MODEL_KINDS, Registry
 
 __all__ = ["Setting", "check_part_names", "read_settings"]
 
@@ -62,7 +62,7 @@ def check_part_names(settings: Sequence[Setting], registry: Registry) -> None:
         if setting.key == "model" and setting.value in modules:  # others are this package's own, or full paths
             registry.find("module", setting.value, where=f"{setting.where} ({setting.key})")
         root, _, last = setting.key.rpartition(".")
-        for kind in INTERFACES:
+        for kind in MODEL_KINDS:
             if last == kind and root.startswith("model") and setting.value.isidentifier() and setting.value != "null":
                 registry.find(kind, setting.value, where=f"{setting.where} ({setting.key})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -208,7 +209,9 @@ def _speak_chunk(chunk: tuple[list[Utterance], Path]) -> list[tuple[dict[str, An
         speech = synthesizer.speak(utterance.text)
         audio = resample(speech.audio, synthesizer.sample_rate_hz, SAMPLE_RATE_HZ)
         name = f"{utterance.key}.flac"
-        soundfile.write(folder / name, audio, SAMPLE_RATE_HZ, compression_level=0.0)
+        flac = io.BytesIO()  # libsndfile itself waits for the disk after every file
+        soundfile.write(flac, audio, SAMPLE_RATE_HZ, format="FLAC", compression_level=0.0)
+        (folder / name).write_bytes(flac.getvalue())
         duration_s = len(audio) / SAMPLE_RATE_HZ
         words = [_rounded(word, duration_s) for word in speech.words]
         row = {"audio": name, "text": utterance.text, "words": words, "speaker": setting.voice, **utterance.fields}

@@ -51,6 +51,8 @@ class Stage2Arm:
     weights: tuple[float, float] = (1.0, 1.0)
 
 
+_FEW_POINTS = "--trainer.val_check_interval=200"  # of the learning curve: a validation takes as long as 17 steps
+
 STAGE2_ARMS = (
     Stage2Arm("stage2_active", Selection("active")),
     Stage2Arm("stage2_uniform", Selection("uniform", ("--draw.gamma=0",))),
@@ -148,7 +150,7 @@ def _training_steps(arm: Stage2Arm, recipes: Path, root: Path, stage1: Arm) -> l
     start = f"--model.init_args.init_from={_pre_decay(stage1, root)}"
     checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'final.ckpt'}"
     return [
-        Step(name, [*cli("fit"), *shared, *seed, start], after, configs, weight=6),
+        Step(name, [*cli("fit"), *shared, *seed, start, _FEW_POINTS], after, configs, weight=6),
         Step(f"test-{name}", [*cli("test"), *shared, checkpoint], (name, "prepare-speech_test"), configs),
     ]
 

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import instantiate_module
 
 from salad_lightning.errors import UserError
 from salad_lightning.model.adapters import merge_adapters
-from salad_lightning.registry import load_all
+from salad_lightning.registry import MODEL_KINDS, load_all
 from salad_lightning.training.base import load_checkpoint
 from salad_lightning.training.handover import check_not_decayed
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
@@ -92,6 +92,6 @@ def _build(checkpoint: dict[str, Any], path: str, **changes: Any) -> SpeechLLMMo
     settings.pop("execution", None)  # what was fast in training may not run on this device, and changes no result
     # What it began from matters no more.
     settings |= {"init_from": None, "require_pre_decay": False, **changes}
-    load_all()  # its parts may be plugins
+    load_all(MODEL_KINDS)  # its parts may be plugins
     module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
     return module
