@@ -51,7 +51,7 @@ class Stage2Arm:
     weights: tuple[float, float] = (1.0, 1.0)
 
 
-_FEW_POINTS = "--trainer.val_check_interval=200"  # of the learning curve: a validation takes as long as 17 steps
+_FEW_POINTS = "--trainer.val_check_interval=200"  # of the learning curve, for time, as in the demo's Stage I
 
 STAGE2_ARMS = (
     Stage2Arm("stage2_active", Selection("active")),
