@@ -148,7 +148,7 @@ def _aligned_samples(
         for utterance, alignment in zip(spoken, aligner.align(clips, [entry.text for entry in spoken]), strict=True)
     }
     samples = []
-    for raw in raws:
+    for raw, utterance in zip(raws, utterances, strict=True):
         record = json.loads(raw.members["json"])
         if (alignment := found.get(raw.key)) is not None:
             kind, problem = _note(record, alignment, min_confidence)
@@ -156,7 +156,8 @@ def _aligned_samples(
             if problem:
                 problems.append({"shard": path, "key": raw.key, "problem": problem})
         extension = next((extension for extension in raw.members if extension != "json"), "flac")
-        samples.append(Sample(raw.key, record, raw.members.get(extension), extension))
+        seconds = 0.0 if utterance.audio is None else len(utterance.audio) / aligner.sample_rate_hz
+        samples.append(Sample(raw.key, record, raw.members.get(extension), extension, seconds))
     return samples, problems, dict(counts)
 
 
@@ -190,10 +191,11 @@ def _publish(space: Workspace, model: str, reports: list[dict[str, Any]]) -> dic
     if not kept:
         raise UserError("no sample can be used", cure="see what is wrong with `salad-lightning lint`")
     problems = [problem for report in reports for problem in report["problems"]]
-    columns = ("name", "num_samples", "sha256")
+    columns = ("name", "num_samples", "seconds", "sha256")
     index = {
         "model": model,
         "num_samples": sum(report["num_samples"] for report in kept),
+        "seconds": round(sum(report["seconds"] for report in kept), 3),
         **{
             name: sum(report["counts"].get(name, 0) for report in reports)
             for name in ("aligned", "low_confidence", "not_aligned", "broken")

@@ -64,7 +64,7 @@ def budget_seconds(settings: DrawSettings) -> float:
     """The budget in seconds of speech.
 
     Raises:
-        UserError: If a folder of natural speech has no ``index.json``.
+        UserError: If a folder of natural speech has no ``index.json`` that tells its seconds.
     """
     if settings.seconds is not None:
         return settings.seconds
@@ -72,10 +72,12 @@ def budget_seconds(settings: DrawSettings) -> float:
     total = 0.0
     for folder in settings.natural:
         path = Path(folder) / "index.json"
-        if not path.is_file():
-            cure = "name folders written by `prepare` or `synthesize`, or give draw.seconds"
-            raise UserError("there is no index.json", where=f"draw.natural: {folder}", cure=cure)
-        total += float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+        try:
+            total += float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = "there is no index.json" if isinstance(error, OSError) else "its index.json does not tell seconds"
+            cure = "name folders written by `prepare`, `align`, `encode` or `synthesize`, or give draw.seconds"
+            raise UserError(what, where=f"draw.natural: {folder}", cure=cure) from error
     return settings.share * total
 
 

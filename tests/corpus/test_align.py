@@ -1,11 +1,13 @@
 """Word times from a CTC model that a test trains on synthetic speech, against the times the synthesiser tells."""
 
+import io
 import json
 import random
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torchaudio
 from transformers import (
@@ -178,6 +180,9 @@ def test_samples_that_cannot_be_aligned_are_flagged_and_listed(untrained, tmp_pa
     assert record["low_confidence"] is True
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert (index["not_aligned"], index["broken"], index["num_samples"]) == (3, 1, 8)
+    spoken = [raw.members["flac"] for key, raw in before.items() if key not in ("broken", "text")]
+    seconds = sum(soundfile.info(io.BytesIO(flac)).duration for flac in spoken)
+    assert index["seconds"] == pytest.approx(seconds, abs=0.01) == sum(shard["seconds"] for shard in index["shards"])
 
 
 def test_batches_give_what_single_clips_give(untrained):

@@ -10,7 +10,7 @@ import pytest
 
 from salad_lightning.errors import UserError
 from salad_lightning.selection.corpus import read_corpus
-from salad_lightning.selection.draw import draw, target_shares
+from salad_lightning.selection.draw import budget_seconds, draw, target_shares
 from salad_lightning.selection.score import ClusterScore
 from salad_lightning.selection.settings import DrawSettings, TextSettings
 
@@ -139,3 +139,17 @@ def test_dropped_clusters_are_not_drawn(pool, tmp_path):
     assert {row["cluster"] for row in rows} <= {1, 2, 3}
     assert shares[0].target == 0
     assert shares[0].misalignment is None
+
+
+def test_the_budget_is_a_share_of_what_the_indexes_say(tmp_path):
+    for name, seconds in (("a", 30.0), ("b", 70.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text(json.dumps({"seconds": seconds}))
+    settings = DrawSettings(share=0.1, natural=[str(tmp_path / "a"), str(tmp_path / "b")])
+    assert budget_seconds(settings) == pytest.approx(10.0)
+    (tmp_path / "b" / "index.json").write_text(json.dumps({"num_samples": 3}))
+    with pytest.raises(UserError, match="does not tell seconds"):
+        budget_seconds(settings)
+    (tmp_path / "b" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"there is no index\.json"):
+        budget_seconds(settings)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from salad_lightning.errors import UserError  # noqa: E402
 from salad_lightning.testing.contracts.synthesizer import SynthesizerContract  # noqa: E402
 
 pytestmark = pytest.mark.slow
+PACKAGE = Path(__file__).parents[1]
+PAGES = [PACKAGE / "README.md", *PACKAGE.parents[1].glob("docs/guides/stage2.md")]
 SYMBOLS = (
     ';:,.!?—…"()“” ̃ʣʥʦʨᵝꭧAIOQSTWYᵊabcdefhijklmnopqrstuvwxyzɑɐɒæβɔɕçɖðʤəɚɛɜɟɡɥɨɪʝɯɰŋɳɲɴøɸθœɹɾɻʁɽʂʃʈʧʊʋʌɣɤχʎʒʔˈˌːʰʲ↓→↗↘ᵻ'
 )
@@ -135,12 +140,22 @@ def test_mistakes(folder, tmp_path):
         build(folder, speed=0)
 
 
-def test_from_manifest_to_shards(folder, tmp_path):
-    (tmp_path / "manifest.jsonl").write_text(json.dumps({"text": "the river runs", "cluster": 3}) + "\n")
-    voice = json.dumps({"path": str(folder), "phonemizer": "espeak", "device": "cpu"})
-    command = ["synthesize", "--manifest", str(tmp_path / "manifest.jsonl"), "--output", str(tmp_path / "out")]
-    assert main([*command, "--synthesizer", "salad_kokoro.synthesizer.KokoroSynthesizer", "--voice", voice]) == 0
-    (raw,) = read_shard(tmp_path / "out" / "out-000000.tar")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_command_of_the_pages(page, folder, tmp_path, monkeypatch):
+    """The model at its published name, a phonemizer that needs no download, in this process; the rest as it stands."""
+    commands = re.findall(r"^salad-lightning (synthesize (?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE)
+    (command,) = [command for command in commands if "Kokoro" in command]
+    command = command.replace("\\\n", " ").replace("--workers 4", "")
+    words = shlex.split(command.replace("voice: af_heart", "voice: af_heart, phonemizer: espeak"))
+    (tmp_path / "hexgrad").mkdir()
+    (tmp_path / "hexgrad" / "Kokoro-82M").symlink_to(folder)
+    manifest = tmp_path / words[words.index("--manifest") + 1]
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"text": "the river runs", "cluster": 3}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    output = words[words.index("--output") + 1]
+    (raw,) = read_shard(tmp_path / output / f"{Path(output).name}-000000.tar")
     sample = decode(raw, source="", sample_rate_hz=24_000)
     assert sample.fields["cluster"] == 3
     assert [word.word for word in sample.words] == ["the", "river", "runs"]
