@@ -33,6 +33,7 @@ BASES = {
     "scale/multinode.yaml": ["stage1.yaml"],
     "text_lm.yaml": [],
 }
+ROWS = 30
 # Sizes alone (and a context of 128): a connector as wide as the paper's takes minutes a step here.
 SMALL_CONNECTOR = {"num_layers": 1, "dim": 32, "mlp_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 
@@ -80,7 +81,8 @@ def shrunken(world, model, data, trainer, folder):
             sources.setdefault(part, []).append({**source, "shards": str(world.folder / shards)})
     # 480 rows a step are a minute's work here where nothing but their number is to be seen.
     accumulate = min(trainer.get("accumulate_grad_batches", 1), 15)
-    rows = {"rows_per_batch": 480 // accumulate} if "GlobalBatch" in str(trainer.get("callbacks+")) else {}
+    holds_rows = "GlobalBatch" in str(trainer.get("callbacks+"))
+    rows = {"rows_per_batch": ROWS // accumulate} if holds_rows else {}
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, dict):
         strategy = {**strategy, "init_args": dict.fromkeys(strategy.get("init_args", {}))}  # their defaults
@@ -103,6 +105,15 @@ def shrunken(world, model, data, trainer, folder):
     }  # fmt: skip
 
 
+def with_fewer_rows(name, folder):
+    """A recipe's path, or that of a copy where it holds the rows of a step: no overlay reaches into its callbacks."""
+    text = (RECIPES / name).read_text()
+    if "{rows: 480}" not in text:
+        return str(RECIPES / name)
+    (folder / "fewer_rows.yaml").write_text(text.replace("{rows: 480}", f"{{rows: {ROWS}}}"))
+    return str(folder / "fewer_rows.yaml")
+
+
 def stage1(world, small, folder):
     """The pre-decay checkpoint of two steps on the tiny world with these parts."""
     overlay = world.folder / "before.yaml"
@@ -122,7 +133,7 @@ def test_two_steps_and_one_validation(world, tmp_path, recipe):
     model, data, trainer = merged(names)
     overlay = tmp_path / "small.yaml"
     overlay.write_text(yaml.safe_dump(shrunken(world, model, data, trainer, tmp_path)))
-    files = [*(str(RECIPES / name) for name in names), str(overlay)]
+    files = [*(with_fewer_rows(name, tmp_path) for name in names), str(overlay)]
     assert main(["fit", *(part for file in files for part in ("--config", file))]) == 0
     run = TinyRun(tmp_path / "out")
     losses = run.column("train/loss")
