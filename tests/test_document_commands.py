@@ -217,7 +217,8 @@ def save_demo(folder):
         run("prepare", "--tars", folder / "tars" / name, "--output", shards / name)
     for name in ("speech_val", "speech_test"):
         save_choice_shards(shards / name)
-    save_text_shards(shards / "text_mix")
+    for name in ("text_mix", "text_broad"):
+        save_text_shards(shards / name)
     save_recordings(folder / "speech" / "train" / "manifest.jsonl", ".")
     rng = random.Random(0)
     write_lines(folder / "world" / "pool.jsonl", [{"text": random_text(rng, 6)} for _ in range(40)])

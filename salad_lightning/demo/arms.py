@@ -51,7 +51,7 @@ def base_steps(recipes: Path, root: Path, *, world_seed: int = 0) -> list[Step]:
         return Step(f"prepare-{name}", [*command, "--overwrite"], (after,), weight=weight)
 
     text_lm, mini = recipes / "text_lm.yaml", recipes / "scale" / "mini.yaml"
-    texts, splits = ("text", "text_val", "text_test", "text_mix"), ("train", "val", "test")
+    texts, splits = ("text", "text_val", "text_test", "text_mix", "text_broad"), ("train", "val", "test")
     return [
         build("text", weight=9),
         *[prepare(name, "text", f"world/{name}.jsonl", "text") for name in texts],

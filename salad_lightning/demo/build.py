@@ -36,6 +36,9 @@ def build_text(world: World, root: Path) -> None:
     shares = {domain.name: domain.speech_share for domain in world.domains}
     mixed = world.documents(NUM_MIXED_DOCUMENTS, seed=world.seed + 2, shares=shares)
     _write(folder / "text_mix.jsonl", ({"text": text} for _, text in mixed))
+    # Stage II's is about everything, as a corpus from the web is, and drawn anew as well.
+    broad = world.documents(NUM_MIXED_DOCUMENTS, seed=world.seed + 4)
+    _write(folder / "text_broad.jsonl", ({"text": text} for _, text in broad))
     pool = world.documents(NUM_POOL_DOCUMENTS, seed=world.seed + 3, spoken=True, shares=_web_shares(world))
     unique = {text: domain for domain, text in pool}
     _write(folder / "pool.jsonl", ({"text": text, "domain": domain} for text, domain in unique.items()))

@@ -56,10 +56,10 @@ _FEW_POINTS = "--trainer.val_check_interval=200"  # of the learning curve, for t
 STAGE2_ARMS = (
     Stage2Arm("stage2_active", Selection("active")),
     Stage2Arm("stage2_uniform", Selection("uniform", ("--draw.gamma=0",))),
-    # The two thirds of speech that Stage I had are natural here too.
+    # The two thirds of speech that Stage I had are natural here too; the text is that of the other arms.
     Stage2Arm("stage1_more", weights=(2.0, 1.0)),
 )
-"""γ of the paper; γ = 0; and as many more steps of Stage I's own mixture at the same learning rates."""
+"""γ of the paper; γ = 0; as many more steps without synthetic speech; all with one text and the same learning rates."""
 
 
 def stage2_steps(
@@ -141,7 +141,8 @@ def _selection_steps(selection: Selection, recipes: Path, root: Path, stage1: Ar
 def _training_steps(arm: Stage2Arm, recipes: Path, root: Path, stage1: Arm) -> list[Step]:
     configs = (recipes / "stage2.yaml", recipes / "scale" / "mini.yaml", recipes / "scale" / "mini_stage2.yaml")
     name, before = f"{arm.name}-{stage1.seed}", f"{stage1.name}-{stage1.seed}"
-    after = (before, "prepare-speech_val", *([f"encode-{arm.selection.name}"] if arm.selection else []))
+    spoken = [f"encode-{arm.selection.name}"] if arm.selection else []
+    after = (before, "prepare-speech_val", "prepare-text_broad", *spoken)
     folder = root / name
     shared = [word for path in configs for word in ("--config", str(path))]
     sources = json.dumps(_sources(arm, configs[-1], root))
