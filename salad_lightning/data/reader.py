@@ -105,6 +105,14 @@ class ShuffledReader:
         self._have_sample()
         return self._start[0]
 
+    def upcoming(self, count: int) -> list[RawSample]:
+        """Samples that `next` will give, at least one and at most ``count``, all of one epoch; the cursor stays.
+
+        Raises:
+            UserError: As `next`.
+        """
+        return self._have_sample()[self._taken : self._taken + count]
+
     def next(self) -> tuple[RawSample, int]:
         """The next sample, and the epoch it belongs to.
 

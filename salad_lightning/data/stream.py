@@ -13,10 +13,11 @@ that cannot be used gives no document, today and when it is read again, so what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -32,7 +33,9 @@ from salad_lightning.errors import UserError
 
 __all__ = ["EvaluationStream", "TrainingStream"]
 
+T = TypeVar("T")
 _MAX_FRUITLESS_DRAWS = 10_000
+_AT_A_TIME = 32  # samples: decoding one throws what all else works with out of the processor's caches
 _MAX_BAD_FRACTION = 0.001  # of training sources that name none
 
 
@@ -228,6 +231,8 @@ class _Mixture:
     ) -> None:
         self.sources, self.readers, self.spec, self.seed = sources, readers, spec, seed
         self.positions = [0] * len(sources)
+        # Of each source's next samples: their documents, or what is wrong with them.
+        self.made: list[deque[list[Document] | UserError]] = [deque() for _ in sources]
 
     def state(self) -> dict[str, dict[str, int]]:
         return {
@@ -238,6 +243,7 @@ class _Mixture:
     def restore(self, state: dict[str, dict[str, int]]) -> None:
         for index, source in enumerate(self.sources):
             self.readers[index].seek(state[source.name])
+            self.made[index].clear()
             self.positions[index] = state[source.name]["positions"]
 
     def draw(self) -> Iterator[_Drawn]:
@@ -269,15 +275,33 @@ class _Mixture:
 
     def _documents(self, index: int) -> list[Document]:
         """Of the next sample of a source; none if it cannot be used."""
-        source, reader = self.sources[index], self.readers[index]
-        raw, epoch = reader.next()
+        reader, made = self.readers[index], self.made[index]
+        if not made:
+            made.extend(self._make(self.sources[index], reader.upcoming(_AT_A_TIME), reader.epoch()))
+        raw, _ = reader.next()
         reader.tolerance.count("sample")
-        try:
-            utterance = decode(raw, source=source.name, sample_rate_hz=self.spec.sample_rate_hz, keep_int16=True)
-            return source.documents.build(utterance, self.spec, seed=self.seed, epoch=epoch)
-        except UserError as error:
-            reader.tolerance.skip("sample", error, raw.shard, raw.key)
+        documents = made.popleft()
+        if isinstance(documents, UserError):
+            reader.tolerance.skip("sample", documents, raw.shard, raw.key)
             return []
+        return documents
+
+    def _make(self, source: Source, raws: Sequence[RawSample], epoch: int) -> list[list[Document] | UserError]:
+        rate = self.spec.sample_rate_hz
+        decoded = [_tried(decode, raw, source=source.name, sample_rate_hz=rate, keep_int16=True) for raw in raws]
+        return [
+            utterance
+            if isinstance(utterance, UserError)
+            else _tried(source.documents.build, utterance, self.spec, seed=self.seed, epoch=epoch)
+            for utterance in decoded
+        ]
+
+
+def _tried(function: Callable[..., T], *args: Any, **settings: Any) -> T | UserError:
+    try:
+        return function(*args, **settings)
+    except UserError as error:
+        return error
 
 
 def _worker() -> tuple[int, int]:
