@@ -24,6 +24,7 @@ MAX_SECONDS = 7200.0
 _MAX_VALUES = 500_000_000  # samples times channels: 2 GB
 
 _MAX_KERNEL = 10_000_000  # of rates without a common divisor, the resampler's filter would fill gigabytes
+_BLOCK = 32_768  # samples; longer clips are resampled at multiples of it
 
 
 @overload
@@ -113,8 +114,14 @@ def resample(audio: NDArray[np.float32], from_hz: int, to_hz: int, where: str = 
         raise UserError(
             f"{from_hz} Hz or {to_hz} Hz is no usual sample rate", where=where, cure="use a usual one, such as 16000"
         )
-    resampled = _resampler(from_hz, to_hz)(torch.from_numpy(np.ascontiguousarray(audio)))
-    return np.ascontiguousarray(resampled.numpy())
+    if from_hz == to_hz:
+        return np.ascontiguousarray(audio)
+    # A convolution is prepared anew for every other length, which takes longer than the convolution: so few lengths.
+    # Short clips are convolved by other code, and silence must not make them long.
+    padded = np.pad(audio, (0, -len(audio) % _BLOCK if len(audio) > _BLOCK else 0))
+    resampled = _resampler(from_hz, to_hz)(torch.from_numpy(padded))
+    num_samples = math.ceil(np.float32(to_hz * len(audio) / from_hz))  # torchaudio's own rounding
+    return np.ascontiguousarray(resampled[:num_samples].numpy())
 
 
 def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:

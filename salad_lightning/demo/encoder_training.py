@@ -90,15 +90,19 @@ def train_encoder(
     clips = pseudo_word_speech(num_clips, seed=seed)
     names = sorted({phoneme.name for clip in clips for phoneme in clip.phonemes})
     audio, targets = _cut(clips, names, encoder)
-    num_held_out = max(len(audio) // 20, 1)
+    lengths_N = torch.full((len(audio),), audio.shape[1])
+    parts = (slice(first, first + batch_size) for first in range(0, len(audio), batch_size))
+    # Half of a step, if it were done in each.
+    mel = torch.cat([encoder.log_mel(audio[part], lengths_N[part]) for part in parts])
+    num_held_out = max(len(mel) // 20, 1)
     heads = nn.Linear(encoder.output_dim, _TARGETS * len(names))
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        rows = torch.randint(num_held_out, len(audio), (batch_size,), generator=order)
-        loss = F.cross_entropy(_logits(encoder, heads, audio[rows], len(names)), targets[rows].flatten())
+        rows = torch.randint(num_held_out, len(mel), (batch_size,), generator=order)
+        loss = F.cross_entropy(_logits(encoder, heads, mel[rows], len(names)), targets[rows].flatten())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -107,7 +111,7 @@ def train_encoder(
         if max_seconds is not None and time.perf_counter() - begin > max_seconds:
             break
     with torch.no_grad():
-        guesses = _logits(encoder, heads, audio[:num_held_out], len(names)).argmax(-1)
+        guesses = _logits(encoder, heads, mel[:num_held_out], len(names)).argmax(-1)
     accuracy = (guesses == targets[:num_held_out].flatten()).float().mean().item()
     encoder.save_pretrained(folder)
     seconds = audio.numel() / encoder.sample_rate_hz
@@ -124,11 +128,9 @@ def _pseudo_word(rng: random.Random) -> str:
     return "".join(syllables)
 
 
-def _logits(encoder: CausalConvEncoder, heads: nn.Linear, audio_NL: Tensor, num_phonemes: int) -> Tensor:
+def _logits(encoder: CausalConvEncoder, heads: nn.Linear, mel_NTD: Tensor, num_phonemes: int) -> Tensor:
     """``[N * T * targets, phonemes]``."""
-    lengths_N = torch.full((len(audio_NL),), audio_NL.shape[1])
-    frames_NTD, _ = encoder.features(audio_NL, lengths_N)
-    logits: Tensor = heads(frames_NTD)
+    logits: Tensor = heads(encoder.blocks(mel_NTD))
     return logits.reshape(-1, num_phonemes)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from salad_lightning.demo.launcher import Launcher, Process
 from salad_lightning.errors import UserError
 
 __all__ = ["Step", "run_steps", "seconds_taken", "source_fingerprint"]
@@ -42,7 +42,7 @@ class Step:
 @dataclass
 class _Running:
     step: Step
-    process: subprocess.Popen[bytes]
+    process: Process
     started: float
     task: object
     log: Path
@@ -75,22 +75,18 @@ def run_steps(
     waiting = sorted((step for step in steps if step.name not in done), key=lambda step: -step.weight)
     running: list[_Running] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        try:
-            while waiting or running:
-                for step in [s for s in waiting if set(s.after) <= done][: max(lanes - len(running), 0)]:
-                    waiting.remove(step)
-                    console.print(f"[bold]$ {_shown(step.command)}[/bold]", soft_wrap=True, highlight=False)
-                    running.append(_start(step, folder, state, progress))
-                time.sleep(0.1)
-                for entry in [entry for entry in running if entry.process.poll() is not None]:
-                    running.remove(entry)
-                    progress.remove_task(entry.task)  # type: ignore[arg-type]
-                    _finish(entry, state, keys[entry.step.name], console)
-                    done.add(entry.step.name)
-        finally:
-            for entry in running:
-                entry.process.terminate()
+    with Progress(*columns, console=console, transient=True) as progress, closing(Launcher(folder)) as launcher:
+        while waiting or running:
+            for step in [s for s in waiting if set(s.after) <= done][: max(lanes - len(running), 0)]:
+                waiting.remove(step)
+                console.print(f"[bold]$ {_shown(step.command)}[/bold]", soft_wrap=True, highlight=False)
+                running.append(_start(step, launcher, state, progress))
+            time.sleep(0.1)
+            for entry in [entry for entry in running if entry.process.poll() is not None]:
+                running.remove(entry)
+                progress.remove_task(entry.task)  # type: ignore[arg-type]
+                _finish(entry, state, keys[entry.step.name], console)
+                done.add(entry.step.name)
 
 
 def seconds_taken(state: Path, name: str) -> float:
@@ -127,24 +123,20 @@ def _keys(steps: Sequence[Step], fingerprint: str) -> dict[str, str]:
     return {step.name: key(step) for step in steps}
 
 
-def _start(step: Step, folder: Path, state: Path, progress: Progress) -> _Running:
+def _start(step: Step, launcher: Launcher, state: Path, progress: Progress) -> _Running:
     log = state / f"{step.name}.log"
     # From now on its results are no longer those of the run before.
     (state / f"{step.name}.json").unlink(missing_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            step.command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
-    return _Running(step, process, time.perf_counter(), progress.add_task(step.name, total=None), log)
+    begin, process = time.perf_counter(), launcher.start(step.command, log)
+    return _Running(step, process, begin, progress.add_task(step.name, total=None), log)
 
 
 def _finish(entry: _Running, state: Path, key: str, console: Console) -> None:
     seconds = time.perf_counter() - entry.started
-    if entry.process.returncode != 0:
+    if code := entry.process.poll():
         tail = "\n".join(entry.log.read_text(errors="replace").splitlines()[-25:])
         raise UserError(
-            f"step {entry.step.name!r} failed with exit code {entry.process.returncode}:\n{tail}",
+            f"step {entry.step.name!r} failed with exit code {code}:\n{tail}",
             cure=f"the whole log: {entry.log}",
         )
     aside = state / f"{entry.step.name}.part"

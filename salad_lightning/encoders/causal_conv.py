@@ -167,6 +167,22 @@ class CausalConvEncoder(Encoder):
         """Whole frames that cover ``num_samples``."""
         return ceil_div(num_samples, self._samples_per_frame)
 
+    def log_mel(self, audio_NL: Tensor, lengths_N: Tensor) -> Tensor:
+        """What the convolutions (``blocks``) see, which no training changes.
+
+        Args:
+            audio_NL: float audio in [-1, 1].
+            lengths_N: Samples.
+
+        Returns:
+            ``[N, T, num_mels]``, completed with silence to whole frames.
+        """
+        num_samples = int(self.output_lengths(lengths_N).max()) * self._samples_per_frame
+        audio_NL = fit_samples(audio_NL, lengths_N, num_samples)
+        return causal_log_mel(
+            audio_NL, sample_rate_hz=self.sample_rate_hz, num_mels=self._config.num_mels, hop=self._hop
+        )
+
     def features(self, audio_NL: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
         """Frames with gradient, for training the encoder itself.
 
@@ -178,11 +194,7 @@ class CausalConvEncoder(Encoder):
             ``[N, T, width]`` frames, zero beyond each length, and ``[N]`` their lengths.
         """
         num_frames_N = self.output_lengths(lengths_N)
-        audio_NL = fit_samples(audio_NL, lengths_N, int(num_frames_N.max()) * self._samples_per_frame)
-        mel_NTD = causal_log_mel(
-            audio_NL, sample_rate_hz=self.sample_rate_hz, num_mels=self._config.num_mels, hop=self._hop
-        )
-        frames_NTD = self.blocks(mel_NTD.to(next(self.parameters()).dtype))
+        frames_NTD = self.blocks(self.log_mel(audio_NL, lengths_N).to(next(self.parameters()).dtype))
         return zero_beyond(frames_NTD, num_frames_N), num_frames_N
 
     @torch.no_grad()
