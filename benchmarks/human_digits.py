@@ -91,7 +91,10 @@ def run(data: Path, output: Path, *, test_speaker: str | None = None, seed: int 
     for name in left_out:
         _write_config(output, name, speakers, seed)
     started = time.perf_counter()
-    run_steps(build_steps(data, output, speakers, left_out, seed, size), output, fingerprint=source_fingerprint())
+    # The encoder is a class of this folder, not of the package.
+    path = os.pathsep.join(filter(None, (str(_HERE), os.environ.get("PYTHONPATH"))))
+    steps = build_steps(data, output, speakers, left_out, seed, size)
+    run_steps(steps, output, fingerprint=source_fingerprint(), variables={"PYTHONPATH": path})
     report = build_report(output, left_out, seed)
     return {**report, "seconds_now": round(time.perf_counter() - started, 1)}
 
@@ -100,9 +103,7 @@ def build_steps(
     data: Path, output: Path, speakers: Sequence[str], left_out: Sequence[str], seed: int, size: Size
 ) -> list[Step]:
     """All commands; paths are relative to ``output``, where they run."""
-    # The encoder is a class of this folder, not of the package.
-    path = os.pathsep.join(filter(None, (str(_HERE), os.environ.get("PYTHONPATH"))))
-    salad = ["env", f"PYTHONPATH={path}", sys.executable, "-m", "salad_lightning"]
+    salad = [sys.executable, "-m", "salad_lightning"]
     make = [sys.executable, str(_HERE / "human_digits_corpus.py")]
     code = tuple(_HERE / f"human_digits_{part}.py" for part in ("corpus", "sound", "tasks", "encoder", "recognition"))
     seeded, sizes = ["--seed", str(seed)], size._asdict()

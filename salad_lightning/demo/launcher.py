@@ -9,7 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -47,11 +47,12 @@ class Launcher:
 
     Args:
         folder: Where they run.
+        variables: Of their environment, beside this process's own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
         self._folder = folder
-        self._environment = os.environ | _ENVIRONMENT
+        self._environment = os.environ | _ENVIRONMENT | dict(variables or {})
         self._opened: list[subprocess.Popen[bytes]] = []
         self._server: Connection | None = None
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,13 @@ class _Running:
 
 
 def run_steps(
-    steps: Sequence[Step], folder: Path, *, lanes: int = 2, fingerprint: str = "", state: Path | None = None
+    steps: Sequence[Step],
+    folder: Path,
+    *,
+    lanes: int = 2,
+    fingerprint: str = "",
+    state: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Run every step once, in an order that respects ``after``; each has one thread and a log of its own.
 
@@ -60,6 +66,7 @@ def run_steps(
         fingerprint: Joins every step's key; a change of it runs everything again.
         state: Where logs and stamps go: beside the results, so that both go together. By default ``.steps`` in
             ``folder``.
+        variables: Of the environment, beside this process's own.
 
     Raises:
         UserError: If a step fails; the end of its log is shown, and the others running are stopped.
@@ -75,7 +82,10 @@ def run_steps(
     waiting = sorted((step for step in steps if step.name not in done), key=lambda step: -step.weight)
     running: list[_Running] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, closing(Launcher(folder)) as launcher:
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        closing(Launcher(folder, variables)) as launcher,
+    ):
         while waiting or running:
             for step in [s for s in waiting if set(s.after) <= done][: max(lanes - len(running), 0)]:
                 waiting.remove(step)
