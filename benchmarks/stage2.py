@@ -216,10 +216,13 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--worlds", type=int, nargs="*", default=WORLDS)
-    parser.add_argument("--more", type=int, default=0, help=f"further settings of γ and budget, up to {len(THEN)}")
+    settings = (*FIRST, *THEN)
+    parser.add_argument(
+        "--settings", type=int, default=len(FIRST), help=f"of γ and budget, in order, up to {len(settings)}"
+    )
     parser.add_argument("--text-more", action="store_true", help="the arm with more text in the place of speech, too")
     args = parser.parse_args()
-    grid = (*FIRST, *THEN[: args.more])
+    grid = settings[: args.settings]
     rows = run_all(
         STUDY,
         runs(args.seeds, args.worlds, grid, text_more=args.text_more),
