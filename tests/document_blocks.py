@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,21 @@ def blocks(document):
     pattern = r"^ *```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^ *```$"
     text = (ROOT / document).read_text()
     return [Block(*found) for found in re.findall(pattern, text, re.DOTALL | re.MULTILINE)]
+
+
+@contextmanager
+def shown_files(document, folder):
+    """The files that a document shows, in a folder from which Python imports meanwhile."""
+    for block in blocks(document):
+        if block.title:
+            path = folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def command_lines(document):

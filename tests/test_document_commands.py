@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from document_blocks import DOCUMENTS, ROOT, blocks, command_lines, words_of
+from document_blocks import DOCUMENTS, ROOT, blocks, command_lines, shown_files, words_of
 from transformers import BertConfig, BertModel
 
 from salad_lightning.cli import main
@@ -267,16 +267,9 @@ def given(tmp_path_factory):
 def folder(document, given, tmp_path, monkeypatch):
     """A copy of it with the files that the page shows, in which the test runs."""
     folder = shutil.copytree(given, tmp_path / "work", symlinks=True)
-    for block in blocks(document):
-        if block.title:
-            path = folder / block.title
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text)
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(folder))
-    yield folder
-    for name in [path.stem for path in folder.glob("*.py")]:
-        sys.modules.pop(name, None)
+    with shown_files(document, folder):
+        yield folder
 
 
 def without_results(words):

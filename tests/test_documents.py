@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from document_blocks import DOCUMENTS, ROOT, blocks, command_lines
+from document_blocks import DOCUMENTS, ROOT, blocks, command_lines, shown_files
 
 from salad_lightning.testing.runs import save_tiny_world
 
@@ -23,16 +23,9 @@ from salad_lightning.testing.runs import save_tiny_world
 @pytest.fixture
 def folder(request, tmp_path, monkeypatch):
     """A working folder with the files that the document shows."""
-    for block in blocks(request.node.callspec.params["document"]):
-        if block.title:
-            path = tmp_path / block.title
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [path.stem for path in tmp_path.glob("*.py")]:
-        sys.modules.pop(name, None)
+    with shown_files(request.node.callspec.params["document"], tmp_path):
+        yield tmp_path
 
 
 def test_every_document_is_looked_at():
