@@ -140,7 +140,7 @@ class SpeechDataModule(LightningDataModule):
             states=dict(self._positions),
             first_worker=(self._last_worker + 1) % max(self.num_workers, 1),
             past=self._past,
-            skipped=self._skipped(),
+            skipped=self.skipped_listing(),
         )
         self._train_loader = EndlessLoader(stream, num_workers=self.num_workers, keep_workers=True)
         return self._train_loader
@@ -185,6 +185,13 @@ class SpeechDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict`; checked when the training loader is made, once world and model are known."""
         self._restored = state_dict or None
+
+    def skipped_listing(self) -> Path | None:
+        """The file in which this process lists what could not be used; None without a trainer."""
+        if self.trainer is None:
+            return None
+        rank, _ = self._rank()
+        return Path(self.trainer.default_root_dir) / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl")
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -250,7 +257,7 @@ class SpeechDataModule(LightningDataModule):
                 rank=rank,
                 world_size=world_size,
                 lookahead=self.lookahead,
-                skipped=self._skipped(),
+                skipped=self.skipped_listing(),
             )
             if world_size == 1:
                 loaders.append(StreamLoader(stream, num_workers=self.num_workers))
@@ -276,12 +283,6 @@ class SpeechDataModule(LightningDataModule):
             return 0, 1
         kwargs = self.trainer.distributed_sampler_kwargs or {}
         return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
-
-    def _skipped(self) -> Path | None:
-        if self.trainer is None:
-            return None
-        rank, _ = self._rank()
-        return Path(self.trainer.default_root_dir) / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl")
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from salad_lightning.errors import UserError
 from salad_lightning.registry import MODEL_KINDS, load_all
 
 __all__ = ["Launcher", "Process", "serve"]
@@ -62,11 +63,13 @@ class Launcher:
         Args:
             command: Program and arguments.
             log: Where all goes that it prints.
+
+        Raises:
+            UserError: If the process to fork from was ended.
         """
         if _is_own(command) and sys.platform == "linux":  # elsewhere a system library may not survive a fork
             self._server = self._server or self._serve()
-            self._server.send((list(command), log.resolve()))
-            return _Fork(self._server, self._server.recv())
+            return _Fork(self._server, _asked(self._server, (list(command), log.resolve())))
         with log.open("wb") as output:
             return self._open(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -102,9 +105,17 @@ class _Fork:
 
     def poll(self) -> int | None:
         if self.exit_code is None:
-            self.server.send(self.pid)
-            self.exit_code = self.server.recv()
+            self.exit_code = _asked(self.server, self.pid)
         return self.exit_code
+
+
+def _asked(server: Connection, request: Any) -> Any:
+    try:
+        server.send(request)
+        return server.recv()
+    except (EOFError, ConnectionError) as error:
+        cure = "see whether memory ran out, and start again: what is finished is kept"
+        raise UserError("the process that the commands are forked from was ended", cure=cure) from error
 
 
 def serve(connection_fd: int) -> None:

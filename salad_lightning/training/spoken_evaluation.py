@@ -170,7 +170,7 @@ class SpokenEvaluation(Callback):
 
 def _tolerance(source: Source, data: Any) -> Tolerance:
     """As the test will have it."""
-    return Tolerance(source.name, source.max_bad_fraction or 0.0, data._skipped())
+    return Tolerance(source.name, source.max_bad_fraction or 0.0, data.skipped_listing())
 
 
 def _file_name(source: Source) -> str:

@@ -165,6 +165,16 @@ def test_a_failure_ends_the_other_steps_and_is_told(tmp_path, script):
 
 
 @pytest.mark.slow
+def test_the_end_of_what_forks_is_told(tmp_path, script):
+    path = script(
+        "pathlib.Path('pid').write_text(str(os.getppid()))\ntime.sleep(1)\nos.kill(os.getppid(), signal.SIGKILL)"
+    )
+    with pytest.raises(UserError, match="forked from was ended"):
+        run_steps([Step("kill", [path])], tmp_path)
+    assert not alive(*pids(tmp_path / "pid"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_steps_end_with_the_process_that_started_them(tmp_path, script, number):
     path = script("pathlib.Path('pid').write_text(f'{os.getpid()} {os.getppid()}')\ntime.sleep(600)")
