@@ -242,7 +242,7 @@ def given(tmp_path_factory):
     save_corpora(folder)
     save_downloads(folder / "downloads")
     save_demo(folder / "outputs" / "demo")
-    before = Path.cwd()
+    before, environment = Path.cwd(), dict(os.environ)
     os.chdir(folder)
     try:
         for stage in ("stage1", "stage2"):
@@ -260,6 +260,9 @@ def given(tmp_path_factory):
         run("questions", *questions, "--output", "data/evaluation/arc_challenge")
     finally:
         os.chdir(before)
+        # A sharded run leaves its port there, which processes of later tests would try to take.
+        os.environ.clear()
+        os.environ.update(environment)
     return folder
 
 

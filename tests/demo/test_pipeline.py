@@ -179,7 +179,8 @@ def test_the_end_of_what_forks_is_told(tmp_path, script):
 def test_steps_end_with_the_process_that_started_them(tmp_path, script, number):
     path = script("pathlib.Path('pid').write_text(f'{os.getpid()} {os.getppid()}')\ntime.sleep(600)")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom salad_lightning.demo import launcher, pipeline\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom salad_lightning.demo import launcher, pipeline\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background ignores it
         "launcher._SCRIPT = Path(sys.argv[1])\npipeline.run_steps([pipeline.Step('wait', sys.argv[1:])], Path())"
     )
     with subprocess.Popen([sys.executable, "-c", code, path], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
