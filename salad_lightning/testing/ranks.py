@@ -71,7 +71,9 @@ def finish_ranks(
 
 
 def _free_port() -> int:
-    for port in random.sample(_PORTS, 100):
+    # Not from the global generator: a seeded run in each of two test processes would make both choose the same port,
+    # and a rank of one would join the ranks of the other.
+    for port in random.SystemRandom().sample(_PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
