@@ -31,6 +31,7 @@ from transformers import (
 from salad_lightning.encoders.causal_conv import CausalConvEncoder
 
 __all__ = [
+    "WHISPER_SIZES",
     "save_tiny_causal_conv",
     "save_tiny_hubert",
     "save_tiny_mimi",
@@ -40,6 +41,18 @@ __all__ = [
 ]
 
 Norm = Literal["group", "layer"]
+
+# Of every small Whisper: fields of ``WhisperConfig``.
+WHISPER_SIZES: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "init_std": 0.3,
+}
 
 
 @contextmanager
@@ -99,16 +112,9 @@ def _fill_codebooks(model: Any) -> None:
 def save_tiny_whisper(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
     """Whisper of width 16 with 2 encoder layers; 30 s of positions unless ``max_source_positions`` says otherwise."""
     settings: dict[str, Any] = {
+        **WHISPER_SIZES,
         "vocab_size": 64,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
         "max_target_positions": 16,
-        "init_std": 0.3,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
     }
     with _seeded(seed):

@@ -16,6 +16,8 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from salad_lightning.testing.tiny_encoders import WHISPER_SIZES
+
 __all__ = ["save_tiny_whisper_recognizer"]
 
 _CONTROL = (
@@ -49,16 +51,9 @@ def save_tiny_whisper_recognizer(folder: Path, *, seed: int = 0, **config: Any) 
     tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(1501)])
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     settings: dict[str, Any] = {
+        **WHISPER_SIZES,
         "vocab_size": len(tokenizer),
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
         "max_target_positions": 24,
-        "init_std": 0.3,
         "decoder_start_token_id": ids["startoftranscript"],
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
     }
