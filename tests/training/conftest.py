@@ -1,4 +1,4 @@
-"""One folder with model and shards, and one run of 30 steps, for all tests of training."""
+"""A folder with model and shards for each file of tests, and one run of 30 steps."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TRAINED = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return save_tiny_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(world):
     return world.run("fit", "trained", *TRAINED)
