@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import math
-from typing import Any, Literal, overload
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import soundfile
@@ -16,7 +18,19 @@ from numpy.typing import NDArray
 from salad_lightning.batch import INT16_SCALE
 from salad_lightning.errors import UserError
 
-__all__ = ["MAX_SECONDS", "as_float", "check_length", "decode_audio", "encode_flac", "resample"]
+__all__ = [
+    "MAX_SECONDS",
+    "Clip",
+    "Recording",
+    "Stretch",
+    "as_float",
+    "check_length",
+    "decode_audio",
+    "decoded",
+    "encode_flac",
+    "open_audio",
+    "resample",
+]
 
 MAX_SECONDS = 7200.0
 """Longer recordings are refused before they are decoded: a few bytes of FLAC can claim days of silence."""
@@ -57,16 +71,10 @@ def decode_audio(
     Raises:
         UserError: If it cannot be decoded or holds no sample.
     """
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate = int(file.samplerate)
-            check_length(file.frames, file.channels, rate, where)
-            as_stored = file.subtype == "PCM_16" and file.channels == 1 and sample_rate_hz in (None, rate)
-            audio = file.read(dtype="int16" if keep_int16 and as_stored else "float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        # Its own text names the buffer in memory, at another address in every run.
-        reason = getattr(error, "error_string", None) or str(error)
-        raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
+    with _open(content, where) as file, _refusing(where):
+        rate = int(file.samplerate)
+        as_stored = keep_int16 and _is_stored_as(file, sample_rate_hz)
+        audio = file.read(dtype="int16" if as_stored else "float32", always_2d=True)
     if audio.shape[0] == 0:
         raise UserError("the audio is empty", where=where)
     if audio.dtype == np.float32 and not _is_finite(audio):
@@ -75,6 +83,99 @@ def decode_audio(
     if sample_rate_hz is None or rate == sample_rate_hz:
         return np.ascontiguousarray(mono), rate
     return resample(as_float(mono), rate, sample_rate_hz, where), sample_rate_hz
+
+
+class Recording:
+    """A file of 16-bit mono audio, ``[L]``, of which stretches are cut before anything is decoded.
+
+    It is decoded when the first of them is wanted, from its start to where the last one ends, and no further.
+
+    Args:
+        file: At its start; closed with the recording.
+        where: File or shard and key, for messages.
+    """
+
+    def __init__(self, file: soundfile.SoundFile, where: str) -> None:
+        self._file, self._where, self._needed = file, where, 0
+        self._audio: NDArray[np.int16] = np.zeros(0, dtype=np.int16)
+
+    def __len__(self) -> int:
+        return int(self._file.frames)
+
+    def cut(self, start: int, stop: int) -> Stretch:
+        """Samples ``[start, stop)``, or as far as the recording goes."""
+        stop = min(stop, len(self))
+        self._needed = max(self._needed, stop)
+        return Stretch(self, min(start, stop), stop)
+
+    def until(self, stop: int) -> NDArray[np.int16]:
+        """Its first samples.
+
+        Args:
+            stop: How many, at most its length.
+
+        Raises:
+            UserError: If they cannot be decoded.
+        """
+        if len(self._audio) < stop:
+            self._needed = max(self._needed, stop)
+            with _refusing(self._where):
+                if self._audio.size:  # seeking takes time even where nothing has been read
+                    self._file.seek(0)
+                self._audio = self._file.read(frames=self._needed, dtype="int16", always_2d=True)[:, 0]
+            if len(self._audio) < self._needed:
+                raise UserError("the audio is shorter than its header says", where=self._where)
+        return self._audio[:stop]
+
+
+class Stretch:
+    """Samples ``[start, stop)`` of a `Recording`."""
+
+    def __init__(self, recording: Recording, start: int, stop: int) -> None:
+        self._recording, self._start, self._stop = recording, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @functools.cached_property
+    def audio(self) -> NDArray[np.int16]:
+        """``[L]``, the same array every time.
+
+        Raises:
+            UserError: If it cannot be decoded.
+        """
+        return self._recording.until(self._stop)[self._start :]
+
+
+Clip: TypeAlias = NDArray[Any] | Stretch
+"""Samples, or what an encoder stored of them, or samples that are not decoded yet."""
+
+
+def open_audio(content: bytes, sample_rate_hz: int, where: str) -> NDArray[Any] | Recording:
+    """As `decode_audio` with ``keep_int16``, but left undecoded where nothing needs mixing or resampling.
+
+    Args:
+        content: Any format soundfile reads.
+        sample_rate_hz: Rate wanted.
+        where: File or shard and key, for messages.
+
+    Raises:
+        UserError: As there; what is left undecoded may still be refused when it is decoded.
+    """
+    file = _open(content, where)
+    if _is_stored_as(file, sample_rate_hz) and file.frames:
+        return Recording(file, where)
+    file.close()
+    return decode_audio(content, sample_rate_hz, where, keep_int16=True)[0]
+
+
+def decoded(clip: Clip) -> NDArray[Any]:
+    """A clip as an array.
+
+    Raises:
+        UserError: If it cannot be decoded.
+    """
+    return clip.audio if isinstance(clip, Stretch) else clip
 
 
 def as_float(audio: NDArray[Any]) -> NDArray[np.float32]:
@@ -135,6 +236,28 @@ def encode_flac(audio: NDArray[np.float32], sample_rate_hz: int) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def _open(content: bytes, where: str) -> soundfile.SoundFile:
+    with _refusing(where):
+        file = soundfile.SoundFile(io.BytesIO(content))
+    check_length(file.frames, file.channels, int(file.samplerate), where)
+    return file
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        # Its own text names the buffer in memory, at another address in every run.
+        reason = getattr(error, "error_string", None) or str(error)
+        raise UserError(f"the audio cannot be decoded ({reason})", where=where) from error
+
+
+def _is_stored_as(file: soundfile.SoundFile, sample_rate_hz: int | None) -> bool:
+    """Whether the 16 bits of the file are what is wanted, neither mixed nor resampled."""
+    return file.subtype == "PCM_16" and file.channels == 1 and sample_rate_hz in (None, int(file.samplerate))
 
 
 def _is_finite(audio: NDArray[np.float32]) -> bool:

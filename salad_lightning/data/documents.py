@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from salad_lightning.data.audio import Clip, decoded
 from salad_lightning.data.format import Utterance
 from salad_lightning.data.segments import Document
 from salad_lightning.data.spec import SequenceSpec
@@ -63,8 +63,8 @@ class DocumentBuilder(ABC):
             )
         return [int(spec.tokenizer.eos_token_id)]
 
-    def _clip(self, audio: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.zeros_like(audio) if self.control == "muted" else audio
+    def _clip(self, clip: Clip) -> Clip:
+        return np.zeros_like(decoded(clip)) if self.control == "muted" else clip
 
     def _check_encoded(self, utterance: Utterance, spec: SequenceSpec) -> None:
         """Refuse pre-encoded speech that is not what this run's encoder would make of the audio."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys
 
 from salad_lightning.data.arrays import NOT_AN_ARRAY, decode_array
-from salad_lightning.data.audio import decode_audio
+from salad_lightning.data.audio import Clip, Recording, decode_audio, open_audio
 from salad_lightning.data.commands import CommandFile, is_command
 from salad_lightning.data.storage import RemoteFile, is_remote
 from salad_lightning.data.tars import read_members
@@ -99,8 +99,8 @@ class Utterance:
         source: Name of the source it is read for.
         text: Transcript, with case and punctuation.
         words: Spoken units in order with their times, or None where the shard has none.
-        audio: ``[L]`` mono at the rate asked for, float32 or int16 (`as_float`), or None for plain text and pre-encoded
-            speech.
+        recording: ``[L]`` mono at the rate asked for, float32 or int16 (`as_float`), decoded or not yet; None for plain
+            text and pre-encoded speech.
         encoded: Pre-encoded speech, or None.
         fields: The remaining JSON fields.
         shard: Path of its shard, for messages.
@@ -110,7 +110,7 @@ class Utterance:
     source: str
     text: str
     words: list[TimedWord] | None = None
-    audio: NDArray[Any] | None = None
+    recording: NDArray[Any] | Recording | None = None
     encoded: Encoded | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     shard: str = ""
@@ -120,7 +120,26 @@ class Utterance:
         """Samples of speech at the encoder's rate; 0 for plain text."""
         if self.encoded is not None:
             return self.encoded.num_samples
-        return 0 if self.audio is None else len(self.audio)
+        return 0 if self.recording is None else len(self.recording)
+
+    @property
+    def audio(self) -> NDArray[Any] | None:
+        """All of `recording`, decoded.
+
+        Raises:
+            UserError: If it cannot be decoded.
+        """
+        return self.recording.until(len(self.recording)) if isinstance(self.recording, Recording) else self.recording
+
+    def clip(self, start: int, stop: int) -> Clip:
+        """Samples ``[start, stop)`` of `recording`, or as far as it goes; not decoded where it is not.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.recording is None:
+            raise ValueError(f"{self.where} has no audio")
+        return self.recording.cut(start, stop) if isinstance(self.recording, Recording) else self.recording[start:stop]
 
     @property
     def where(self) -> str:
@@ -132,7 +151,7 @@ class Utterance:
         fields = {name: value for name, value in self.fields.items() if name != "speech_end_s"}
         if "speech_end_s" in other.fields:
             fields["speech_end_s"] = other.fields["speech_end_s"]
-        return dataclasses.replace(self, audio=other.audio, encoded=other.encoded, words=None, fields=fields)
+        return dataclasses.replace(self, recording=other.recording, encoded=other.encoded, words=None, fields=fields)
 
 
 def read_shard(path: str | Path, *, allow_pipe: bool = False) -> Iterator[RawSample]:
@@ -170,7 +189,9 @@ def read_shard(path: str | Path, *, allow_pipe: bool = False) -> Iterator[RawSam
         ) from error
 
 
-def decode(raw: RawSample, *, source: str, sample_rate_hz: int, keep_int16: bool = False) -> Utterance:
+def decode(
+    raw: RawSample, *, source: str, sample_rate_hz: int, keep_int16: bool = False, late: bool = False
+) -> Utterance:
     """Parse and decode a sample.
 
     Args:
@@ -179,6 +200,7 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int, keep_int16: bool
         sample_rate_hz: Rate the audio is resampled to where it differs; 0 leaves the audio out, for a model that
             takes none.
         keep_int16: As of `decode_audio`.
+        late: Leave audio undecoded where that is possible, and 16 bits as they are: see `open_audio`.
 
     Raises:
         UserError: If the JSON is missing, is no object or has no text, if the audio cannot be decoded, or if word
@@ -190,16 +212,21 @@ def decode(raw: RawSample, *, source: str, sample_rate_hz: int, keep_int16: bool
     if not isinstance(text, str) or not text.strip():
         raise UserError("the JSON has no `text`", where=where, cure="give every sample its transcript")
     words = parse_words(record.pop("words", None), where)
-    audio, encoded, about = None, None, record.pop("encoded", None)
+    recording: NDArray[Any] | Recording | None = None
+    encoded, about = None, record.pop("encoded", None)
     if sample_rate_hz:
         for extension in AUDIO_EXTENSIONS:
             if extension in raw.members:
                 place = f"{where}.{extension}"
-                audio, _ = decode_audio(raw.members[extension], sample_rate_hz, place, keep_int16=keep_int16)
+                content = raw.members[extension]
+                if late:
+                    recording = open_audio(content, sample_rate_hz, place)
+                else:
+                    recording, _ = decode_audio(content, sample_rate_hz, place, keep_int16=keep_int16)
                 break
         else:
             encoded = _parse_encoded(raw, about, where)
-    return Utterance(raw.key, source, text, words, audio, encoded, record, raw.shard)
+    return Utterance(raw.key, source, text, words, recording, encoded, record, raw.shard)
 
 
 def parse_words(words: Any, where: str) -> list[TimedWord] | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from salad_lightning.batch import DocumentInfo
+from salad_lightning.data.audio import Clip
 from salad_lightning.data.documents import Control, DocumentBuilder, bos_ids
 from salad_lightning.data.format import TIME_SLACK_S, Utterance
 from salad_lightning.data.segments import Document, SpeechSpan
@@ -175,7 +176,7 @@ class InterleaveDocuments(DocumentBuilder):
         whole = not first_unit or utterance.encoded is not None
         offset = 0 if whole else int(units[first_unit].start_s * rate)
         spans: list[SpeechSpan] = []
-        clips: list[NDArray[Any]] = []
+        clips: list[Clip] = []
         for is_speech, first, stop in segments:
             if not is_speech:
                 continue
@@ -187,8 +188,7 @@ class InterleaveDocuments(DocumentBuilder):
                 if len(clip):
                     last_frame = min(last_frame, spec.num_frames(math.ceil(end_s * rate) - offset))
             else:
-                assert utterance.audio is not None
-                clip = utterance.audio[round(start_s * rate) : round(end_s * rate)]
+                clip = utterance.clip(round(start_s * rate), round(end_s * rate))
                 first_frame, last_frame = 0, spec.num_frames(len(clip)) if len(clip) else 0
             if not len(clip) or last_frame <= first_frame:
                 continue  # too short for one frame: read as text
@@ -235,9 +235,8 @@ class InterleaveDocuments(DocumentBuilder):
         return [document for document in documents if document.predicted.any()]
 
 
-def _until(utterance: Utterance, offset: int, stop: int, spec: SequenceSpec) -> NDArray[Any]:
+def _until(utterance: Utterance, offset: int, stop: int, spec: SequenceSpec) -> Clip:
     """The utterance's audio ``[offset, stop)`` in samples, or the frames it was encoded to up to ``stop``."""
     if utterance.encoded is not None:
         return utterance.encoded.data[: spec.num_frames(max(stop, 1))]
-    assert utterance.audio is not None
-    return utterance.audio[offset:stop]
+    return utterance.clip(offset, stop)

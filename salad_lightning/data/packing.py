@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from salad_lightning.batch import SpeechBatch
-from salad_lightning.data.audio import as_float
+from salad_lightning.data.audio import Clip, as_float, decoded
 from salad_lightning.data.segments import Document
 
 __all__ = ["PackedRows", "collate", "pack", "pad"]
@@ -165,10 +165,10 @@ class _Layout:
             )
             self.seconds += span.seconds
 
-    def _clip_number(self, clip: NDArray[Any], encoded: bool) -> int:
+    def _clip_number(self, clip: Clip, encoded: bool) -> int:
         if id(clip) not in self.clip_numbers:
             self.clip_numbers[id(clip)] = len(self.clips[encoded])
-            self.clips[encoded].append(clip)
+            self.clips[encoded].append(decoded(clip))
         return self.clip_numbers[id(clip)]
 
     def finish(self, num_positions: int, stream_state: dict[str, Any]) -> SpeechBatch:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from salad_lightning.batch import DocumentInfo
+from salad_lightning.data.audio import Clip
 
 __all__ = ["Document", "SpeechSpan"]
 
@@ -47,8 +47,8 @@ class Document:
         token_ids: ``[T]`` int64, special tokens included.
         predicted: ``[T]`` bool: tokens that carry loss; never inside a span, and never the very first element.
         spans: Speech spans in order, not overlapping; all other tokens are read as text.
-        clips: ``[L]`` float32 or int16 audio each, at the encoder's sample rate; or ``[T, …]`` what the encoder stored
-            of it.
+        clips: ``[L]`` float32 or int16 audio each, at the encoder's sample rate, decoded or not yet; or ``[T, …]`` what
+            the encoder stored of it.
         info: Where the document comes from.
         encoded: Whether clips are what the encoder stored.
     """
@@ -57,7 +57,7 @@ class Document:
     predicted: NDArray[np.bool_]
     info: DocumentInfo
     spans: list[SpeechSpan] = field(default_factory=list)
-    clips: list[NDArray[Any]] = field(default_factory=list)
+    clips: list[Clip] = field(default_factory=list)
     encoded: bool = False
 
     @cached_property

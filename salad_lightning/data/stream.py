@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 
 from salad_lightning.batch import SpeechBatch
+from salad_lightning.data.audio import decoded
 from salad_lightning.data.format import RawSample, Utterance, decode
 from salad_lightning.data.packing import PackedRows, collate, pack
 from salad_lightning.data.reader import PastReaders, ShuffledReader, read_shards
@@ -287,19 +288,25 @@ class _Mixture:
         return documents
 
     def _make(self, source: Source, raws: Sequence[RawSample], epoch: int) -> list[list[Document] | UserError]:
-        rate = self.spec.sample_rate_hz
-        decoded = [_tried(decode, raw, source=source.name, sample_rate_hz=rate, keep_int16=True) for raw in raws]
-        return [
-            utterance
-            if isinstance(utterance, UserError)
-            else _tried(source.documents.build, utterance, self.spec, seed=self.seed, epoch=epoch)
-            for utterance in decoded
-        ]
+        rate, build = self.spec.sample_rate_hz, source.documents.build
+        read = [_tried(decode, raw, source=source.name, sample_rate_hz=rate, late=True) for raw in raws]
+        built = [_tried(build, utterance, self.spec, seed=self.seed, epoch=epoch) for utterance in read]
+        return [_tried(_heard, documents) for documents in built]
 
 
-def _tried(function: Callable[..., T], *args: Any, **settings: Any) -> T | UserError:
+def _heard(documents: list[Document]) -> list[Document]:
+    """What they hear of the audio is decoded; what they only read is not."""
+    for document in documents:
+        document.clips[:] = map(decoded, document.clips)
+    return documents
+
+
+def _tried(function: Callable[..., T], value: Any, *args: Any, **settings: Any) -> T | UserError:
+    """What it makes of a value, or what is wrong with that, now or before."""
+    if isinstance(value, UserError):
+        return value
     try:
-        return function(*args, **settings)
+        return function(value, *args, **settings)
     except UserError as error:
         return error
 

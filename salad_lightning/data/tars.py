@@ -52,16 +52,20 @@ def read_members(file: Any, is_read: Callable[[str], bool]) -> Iterator[tuple[st
             anything follows the tar.
         TarError: If the tar is damaged or was cut off.
     """
-    with tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo, bufsize=_CHUNK) as tar:
+    seekable = getattr(file, "seekable", None)
+    mode: Any = "r:" if seekable and seekable() else "r|"  # a stream copies everything once more
+    with tarfile.open(fileobj=file, mode=mode, tarinfo=StrictTarInfo, bufsize=_CHUNK) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # or they would be kept to the end
             if not member.isreg() or not is_read(member.name):
                 _check_name(member.name)
                 continue
             check_member(member)
-            content = tar.extractfile(member)
-            assert content is not None  # it is a regular file
-            yield member.name, content.read()
+            # Not by `extractfile`, which copies in small pieces: the file stands where the content begins.
+            content = tar.fileobj.read(member.size)
+            if len(content) < member.size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield member.name, content
         check_end(tar)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from salad_lightning.batch import DocumentInfo
+from salad_lightning.data.audio import Clip
 from salad_lightning.data.documents import Control, DocumentBuilder, bos_ids
 from salad_lightning.data.format import Utterance
 from salad_lightning.data.segments import Document, SpeechSpan
@@ -25,13 +25,13 @@ class Heard(NamedTuple):
     """Speech in a prompt.
 
     Attributes:
-        clip: ``[L]`` samples, or ``[T, …]`` what the encoder stored.
+        clip: ``[L]`` samples, decoded or not yet, or ``[T, …]`` what the encoder stored.
         num_frames: Encoder frames.
         seconds: Duration.
         encoded: Whether it is what the encoder stored.
     """
 
-    clip: NDArray[Any]
+    clip: Clip
     num_frames: int
     seconds: float
     encoded: bool
@@ -168,8 +168,7 @@ class TemplateDocuments(DocumentBuilder):
                 f"{num_samples / rate:.3f} s of speech are shorter than one encoder frame", where=utterance.where
             )
         if utterance.encoded is None:
-            assert utterance.audio is not None
-            return Heard(self._clip(utterance.audio[:num_samples]), num_frames, num_samples / rate, False)
+            return Heard(self._clip(utterance.clip(0, num_samples)), num_frames, num_samples / rate, False)
         if cut and not spec.causal:
             raise UserError(
                 "the end cannot be cut off what this encoder made of the whole utterance: its frames hear what follows",
@@ -237,7 +236,7 @@ def join_pieces(
         predicted[first:stop] = True
         predicted[len(token_ids) - len(eos) :] = True
     spans: list[SpeechSpan] = []
-    clips: list[NDArray[Any]] = []
+    clips: list[Clip] = []
     begin = 0
     for piece in pieces:
         if piece.heard is not None and piece.speech is not None:

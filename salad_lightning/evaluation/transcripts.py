@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -132,7 +133,7 @@ class Transcripts:
         end_s = utterance.fields.get("speech_end_s")
         if isinstance(end_s, int | float):
             cut = utterance.audio[: max(math.ceil(end_s * self._rate), 1)]
-            return Utterance(**{**vars(utterance), "audio": cut})
+            return dataclasses.replace(utterance, recording=cut)
         return utterance
 
 

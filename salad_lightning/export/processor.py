@@ -66,7 +66,7 @@ class SaladProcessor:
             samples, _ = decode_audio(content, self.sample_rate_hz, where)
         elif audio is not None:
             samples = self._samples(audio, sampling_rate)
-        return Utterance(where, "", text, audio=samples, fields=fields or {})
+        return Utterance(where, "", text, recording=samples, fields=fields or {})
 
     def _samples(self, audio: NDArray[Any], sampling_rate: int | None) -> NDArray[np.float32]:
         audio = np.asarray(audio)

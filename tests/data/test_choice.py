@@ -25,7 +25,7 @@ SHOTS = [("the quick fox", ["runs", "sleeps"], 0), ("the lazy dog jumps", ["no",
 def asked(text="the small boat", **fields):
     audio, _ = speak_tones(text)
     values = {"choices": ["sinks", "crosses the river"], "answer": 1, "prompt": PROMPT, **fields}
-    return Utterance("q", "s", text, audio=audio, fields=values)
+    return Utterance("q", "s", text, recording=audio, fields=values)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_mistakes_in_the_settings():
 def _stored(utterance):
     num_samples = len(utterance.audio)
     frames = np.ones((math.ceil(num_samples / 1280), 3), np.float32)  # of the spec's 80 ms
-    return dataclasses.replace(utterance, audio=None, encoded=Encoded(frames, "mimi", num_samples))
+    return dataclasses.replace(utterance, recording=None, encoded=Encoded(frames, "mimi", num_samples))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_what_is_heard_is_all_audio_or_all_encoded(make_spec, shots, stored_shot
         assert caught.value.where == "asked.tar: q"
         (document, _) = ChoiceDocuments(shots=examples, hear_shots=False).build(heard, spec)
         assert document.encoded == (heard is not question)
-    text = dataclasses.replace(question, audio=None)
+    text = dataclasses.replace(question, recording=None)
     for heard, examples, count, encoded in (
         (_stored(question), stored_shots, 4, True),
         (question, shots, 4, False),

@@ -19,7 +19,7 @@ from salad_lightning.testing.shards import random_text, speak_tones
 def _utterance(num_words=20, seed=0, **changes):
     text = random_text(random.Random(seed), num_words)
     audio, words = speak_tones(text, seed=seed)
-    values = {"words": [TimedWord(*word) for word in words], "audio": audio, **changes}
+    values = {"words": [TimedWord(*word) for word in words], "recording": audio, **changes}
     return Utterance(f"k{seed}", "s", changes.pop("text", text), **{k: v for k, v in values.items() if k != "text"})
 
 
@@ -227,7 +227,7 @@ def test_long_utterances_are_split_and_nothing_is_lost(make_spec, bos_tokenizer,
 
 def test_plain_text_is_split_at_the_context(make_spec):
     spec = make_spec(context=32)
-    utterance = _utterance(60, 2, audio=None, words=None)
+    utterance = _utterance(60, 2, recording=None, words=None)
     documents = InterleaveDocuments().build(utterance, spec)
     joined = np.concatenate([document.token_ids for document in documents])
     assert joined.tolist() == [*spec.tokenizer(utterance.text)["input_ids"], spec.tokenizer.eos_token_id]
@@ -249,7 +249,7 @@ def test_muted_keeps_everything_but_the_audio(make_spec):
     [
         ({"words": None}, 4096, "no word times"),
         ({"words": [TimedWord("wrong", 0, 1)]}, 4096, "do not spell"),
-        ({"audio": np.zeros(1000, np.float32)}, 4096, "the last word ends"),
+        ({"recording": np.zeros(1000, np.float32)}, 4096, "the last word ends"),
         ({}, 10, "`context`"),
     ],
 )
@@ -311,7 +311,7 @@ def test_speech_is_cut_at_speech_end(make_spec, causal):
 
 def test_text_only_samples_and_prompts_without_answer(make_spec):
     spec = make_spec()
-    (document,) = TemplateDocuments().build(_utterance(6, audio=None, words=None, fields={"answer": "fox"}), spec)
+    (document,) = TemplateDocuments().build(_utterance(6, recording=None, words=None, fields={"answer": "fox"}), spec)
     assert not document.spans
     assert document.predicted.any()
     (prompt,) = TemplateDocuments("Say: {speech}").build(_utterance(6), spec)

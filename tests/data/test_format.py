@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from salad_lightning.data.audio import as_float, decode_audio, encode_flac
+from salad_lightning.data.audio import Recording, as_float, decode_audio, encode_flac, open_audio
 from salad_lightning.data.format import AUDIO_EXTENSIONS, decode, read_shard
 from salad_lightning.data.shard_writer import ShardWriter
 from salad_lightning.errors import UserError
@@ -194,6 +194,48 @@ def test_16_bit_audio_is_kept_as_it_is_stored(name, subtype, rate_hz, channels, 
     assert floats.dtype == np.float32
     assert found.dtype == (np.int16 if kept else np.float32)
     np.testing.assert_array_equal(as_float(found), floats)
+
+
+NOISE = np.random.default_rng(0).uniform(-0.1, 0.1, 60_000).astype(np.float32)
+
+
+def test_a_recording_is_decoded_as_far_as_it_is_cut():
+    content = encode_flac(NOISE, 16_000)
+    whole, _ = decode_audio(content, 16_000, "here", keep_int16=True)
+    damaged = content[: len(content) // 2] + bytes(2000) + content[len(content) // 2 + 2000 :]
+    for file in (content, damaged):
+        recording = open_audio(file, 16_000, "here")
+        assert len(recording) == len(whole)
+        early, late = recording.cut(100, 3000), recording.cut(2000, 20_000)
+        assert (len(early), len(late)) == (2900, 18_000)
+        np.testing.assert_array_equal(early.audio, whole[100:3000])
+        np.testing.assert_array_equal(late.audio, whole[2000:20_000])
+        assert late.audio is late.audio
+    with pytest.raises(UserError, match="the audio cannot be decoded"):
+        _ = recording.cut(0, 40_000).audio
+    recording = open_audio(content, 16_000, "here")
+    for stop in (5000, 4000, 50_000, 70_000):  # each time further than it was decoded, or not
+        np.testing.assert_array_equal(recording.cut(1000, stop).audio, whole[1000:stop])
+
+
+def test_what_has_to_be_changed_is_decoded_at_once():
+    stored = encode_flac(NOISE, 8_000)
+    assert not isinstance(open_audio(stored, 16_000, "here"), Recording)
+    np.testing.assert_array_equal(open_audio(stored, 16_000, "here"), decode_audio(stored, 16_000, "here")[0])
+    assert isinstance(open_audio(stored, 8_000, "here"), Recording)
+
+
+def test_a_header_that_claims_more_than_there_is(monkeypatch):
+    content = bytearray(encode_flac(NOISE, 16_000))
+    content[8 + 17] += 1  # the last byte of the stream's length (RFC 9639, section 8.2)
+    recording = open_audio(bytes(content), 16_000, "here")
+    assert len(recording) == len(NOISE) + 1
+    with pytest.raises(UserError, match="the audio cannot be decoded"):
+        _ = recording.cut(0, len(NOISE) + 1).audio
+    # Of FLAC, libsndfile tells; of another format it may give less.
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, frames, **_: np.zeros((frames - 1, 1), np.int16))
+    with pytest.raises(UserError, match="the audio is shorter than its header says"):
+        _ = open_audio(bytes(content), 16_000, "here").cut(0, 1000).audio
 
 
 def test_absurd_lengths_are_refused_before_they_are_decoded():

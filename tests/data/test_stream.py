@@ -114,6 +114,49 @@ def test_the_mixture_is_by_positions(sources, make_spec):
     assert counts["speech"] / counts.total() == pytest.approx(2 / 3, abs=0.01)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_heard_is_what_the_whole_recording_holds(sources, make_spec, causal):
+    """The stream decodes no further than the last span; builders get the whole elsewhere."""
+    spec, builder = make_spec(causal=causal), sources[0].documents
+    raws = {raw.key: raw for path in shard_paths(sources[0]) for raw in read_shard(path)}
+    shorter = compared = 0
+    for batch in _take(_stream(sources, spec), 20):
+        clips = {}
+        for clip, at in sorted({*zip(batch.span_clip_K.tolist(), batch.span_at_K.tolist(), strict=True)}):
+            clips.setdefault(int(batch.document_ids_BS.flatten()[at]), {})[clip] = None
+        for number, found in clips.items():
+            info = batch.documents[number]
+            whole = decode(raws[info.key], source=info.source, sample_rate_hz=spec.sample_rate_hz, keep_int16=True)
+            candidates = [
+                [clip.tolist() for clip in document.clips]
+                for epoch in range(4)
+                for document in builder.build(whole, spec, seed=3, epoch=epoch)
+            ]
+            heard = [batch.clips_NL[clip, : batch.clip_lengths_N[clip]].tolist() for clip in found]
+            assert heard in candidates
+            compared += 1
+            shorter += sum(map(len, heard)) < len(whole.audio)
+    assert compared > 40
+    assert shorter > 10
+
+
+def test_what_nobody_hears_may_be_damaged(sources, shards, make_spec, tmp_path):
+    """A sample is left out where its spans reach the damage, and used where they do not."""
+    (tmp_path / "half").mkdir()
+    with ShardWriter(tmp_path / "half", "half") as writer:
+        for path in shard_paths(sources[0]):
+            for raw in read_shard(path):
+                flac = raw.members["flac"]
+                writer.write(raw.key, json.loads(raw.members["json"]), flac[: len(flac) * 3 // 4])
+    skipped = tmp_path / "skipped.jsonl"
+    source = Source(str(tmp_path / "half"), sources[0].documents, max_bad_fraction=1.0)
+    keys = {info.key for batch in _take(_stream([source], make_spec(), skipped=skipped), 5) for info in batch.documents}
+    listed = {json.loads(line)["key"]: json.loads(line)["reason"] for line in skipped.read_text().splitlines()}
+    assert keys
+    assert listed
+    assert all("the audio cannot be decoded" in reason for reason in listed.values())
+
+
 def test_epochs_draw_new_spans(shards, make_spec):
     source = Source(str(shards["speech"]), InterleaveDocuments((1, 4), (2, 6)))
     spans = collections.defaultdict(set)
