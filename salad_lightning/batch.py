@@ -109,8 +109,8 @@ class SpeechBatch:
         clips_NL: Audio, zero-padded, at the encoder's sample rate; float32, or int16 where all of it is stored so:
             see ``audio_NL``.
         clip_lengths_N: Samples.
-        stored_NT: ``[N', T, …]`` clips that shards hold pre-encoded (`interfaces.Stored`), zero-padded; they are
-            numbered after the ``clips_NL``. None where there are none.
+        stored_NT: ``[N', T, …]`` clips that shards hold pre-encoded (`interfaces.Stored`), zero-padded, int64, float32
+            or float16; they are numbered after the ``clips_NL``. None where there are none.
         stored_lengths_N: ``[N']`` their frames.
         span_clip_K: Which clip a speech span is cut from.
         span_first_frame_K: First encoder frame of the span within its clip.

@@ -80,7 +80,7 @@ class Encoded:
     """Audio as a frozen encoder left it (`Encoder.encode`).
 
     Attributes:
-        data: ``[T, …]`` codes (int64) or frames (float32), T encoder frames.
+        data: ``[T, …]`` codes (int64) or frames (float32 or float16), T encoder frames.
         by: Identity of the encoder (`Encoder.identity`).
         num_samples: Length of the audio at the encoder's sample rate.
     """
@@ -312,7 +312,9 @@ def _parse_encoded(raw: RawSample, about: Any, where: str) -> Encoded | None:
 
 
 def _widened(data: NDArray[Any], extension: str) -> NDArray[Any]:
-    """Shards hold the smallest type that fits; a model takes float32 and int64."""
+    """Shards hold the smallest type that fits; a model takes int64, and float32, to which it widens half the bytes."""
     if data.ndim < 1 or not len(data) or data.dtype.kind not in {"frames.npy": "f", "codes.npy": "iu"}[extension]:
         raise ValueError(f"an array of type {data.dtype} and shape {data.shape}")
+    if data.dtype == np.float16:
+        return data
     return data.astype(np.float32 if data.dtype.kind == "f" else np.int64, copy=False)

@@ -219,7 +219,8 @@ def pad(clips: list[NDArray[Any]], none: NDArray[Any] | None = None) -> tuple[Te
     """``[L, …]`` arrays to ``[N, L, …]`` and their lengths ``[N]``; ``none`` where there is no array."""
     lengths = [len(clip) for clip in clips]
     if clips or none is None:
-        padded = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), dtype=clips[0].dtype)
+        dtype = np.result_type(*{clip.dtype for clip in clips})
+        padded = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), dtype=dtype)
         for row, clip in zip(padded, clips, strict=True):
             row[: len(clip)] = clip
         none = padded

@@ -119,7 +119,8 @@ class SpeechLLM(nn.Module):
         """What the encoder's heavy half makes of every clip; pre-encoded clips come after the others."""
         if batch.stored_NT is None or batch.stored_lengths_N is None:
             return self.encoder.encode(batch.audio_NL, batch.clip_lengths_N)
-        before = Stored(batch.stored_NT, batch.stored_lengths_N)
+        stored_NT = batch.stored_NT.float() if batch.stored_NT.is_floating_point() else batch.stored_NT
+        before = Stored(stored_NT, batch.stored_lengths_N)
         if not batch.clips_NL.shape[0]:
             return before
         fresh = self.encoder.encode(batch.audio_NL, batch.clip_lengths_N)

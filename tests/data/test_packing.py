@@ -202,6 +202,21 @@ def test_shared_clips_are_stored_once():
     assert batch.span_clip_K.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize(
+    ("types", "expected"), [(["f2", "f2"], torch.float16), (["f2", "f4"], torch.float32), (["i8", "i8"], torch.int64)]
+)
+def test_pre_encoded_clips_keep_their_type_or_take_the_wider(types, expected):
+    span, predicted = SpeechSpan(0, 2, 0, 0, 3, 2, 3, 0.1), np.array([False, False, True])
+    clips = [np.full((3, 2), 2049, dtype=np.dtype(kind)) * (1 + number) for number, kind in enumerate(types)]
+    if types[1] == "f4":
+        clips[1] += np.float32(0.3)
+    documents = [Document(np.arange(3), predicted, DocumentInfo("k", "s"), [span], [c], encoded=True) for c in clips]
+    batch = collate([documents], context=20, rows_per_batch=1)
+    assert batch.stored_NT.dtype == expected
+    for row, clip in zip(batch.stored_NT, clips, strict=True):
+        assert row.tolist() == clip.tolist()
+
+
 def test_contract_violations_raise():
     long = Document(np.arange(30), np.ones(30, bool), DocumentInfo("k", "s"))
     with pytest.raises(ValueError, match="does not fit"):
