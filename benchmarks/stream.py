@@ -54,13 +54,20 @@ class Rate(NamedTuple):
     core_s: float
     fill: float = math.nan
 
+    @property
+    def samples_per_core_s(self) -> float:
+        """Samples a second of processor time."""
+        return self.samples / self.core_s
+
 
 def main() -> int:
     """Make the shards, measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=2000, help="in the shards, 4 to 20 s each")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of processor time for each measurement of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="of all measurements in turn; their medians are told")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of processor time for each measurement of a round")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="of all measurements in turn; medians of rates and ratios are told"
+    )
     parser.add_argument("--memory-samples", type=int, default=0, help="samples to watch the memory over; 0 for none")
     parser.add_argument("--memory-kind", choices=("audio", "frames", "codes"), default="codes", help="shards for that")
     parser.add_argument("--steps", type=int, default=3, help="training steps with and without the encoder; 0 for none")
@@ -87,19 +94,22 @@ def main() -> int:
         if "lhotse" not in absent:
             write_shar(root / "shar", root / "audio", SHARD)
         measurements = {name: make for name, make in measurements.items() if PEERS.get(name[0]) not in absent}
-        rates = measure_in_turn({name: make() for name, make in measurements.items()}, args.seconds, args.rounds)
+        rounds = measure_in_turn({name: make() for name, make in measurements.items()}, args.seconds, args.rounds)
         memory = watch_memory(batches(root / args.memory_kind, spec), args.memory_samples)
         step = step_times(root / "audio", spec.tokenizer, args.steps) if args.steps else {}
-    a_sample = rates["c: packed batches from audio"]
+    rates = {name: middle(of_rounds) for name, of_rounds in rounds.items()}
+    ours = "c: packed batches from audio"
+    a_sample = rates[ours]
     rows = {name: row(rate, mean_s, a_sample.positions / a_sample.samples) for name, rate in rates.items()}
-    floor, ours = rows["b: decoding alone"], rows["c: packed batches from audio"]
     result = {
         "utterances": args.utterances,
         "mean_seconds": round(mean_s, 2),
         "rates": rows,
-        "of_decode_floor": round(ours["samples_per_core_s"] / floor["samples_per_core_s"], 3),
-        "stored_over_audio": {name: round(stored_over_audio(rows, name), 2) for name in ("frames", "codes")},
-        "of_best_peer": round(ours["useful_positions_per_core_s"] / best_peer(rows), 3),
+        "of_decode_floor": ratio(rounds, ours, "b: decoding alone"),
+        "stored_over_audio": {
+            kind: ratio(rounds, f"c: packed batches from stored {kind}", ours) for kind in ("frames", "codes")
+        },
+        "of_peers": {name[3:]: ratio(rounds, ours, name) for name in rounds if name[0] in "def"},
         "not_installed": absent,
         "memory_of": f"packed batches from {args.memory_kind}",
         "resident_mb_over_samples": memory,
@@ -184,15 +194,27 @@ def batches(folder: Path, spec: SequenceSpec) -> Iterator[tuple[int, int, float]
         yield len(batch.documents), batch.num_positions, batch.num_positions / batch.input_ids_BS.numel()
 
 
-def measure_in_turn(kinds: dict[str, Iterator[tuple[int, int, float]]], seconds: float, rounds: int) -> dict[str, Rate]:
-    """The median of each over the rounds: the machine and the allocator are another from minute to minute."""
+def measure_in_turn(
+    kinds: dict[str, Iterator[tuple[int, int, float]]], seconds: float, rounds: int
+) -> dict[str, list[Rate]]:
+    """Every round's rates: the machine and the allocator are another from minute to minute."""
     found: dict[str, list[Rate]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, items in kinds.items():
             found[name].append(measure(items, seconds))
-    return {
-        name: sorted(rates, key=lambda rate: rate.samples / rate.core_s)[rounds // 2] for name, rates in found.items()
-    }
+    return found
+
+
+def middle(rates: list[Rate]) -> Rate:
+    """The median one."""
+    return sorted(rates, key=lambda rate: rate.samples_per_core_s)[len(rates) // 2]
+
+
+def ratio(rounds: dict[str, list[Rate]], one: str, other: str) -> list[float]:
+    """Samples (so useful positions, too) of one over the other's in as much time: median, least, most of the rounds."""
+    pairs = zip(rounds[one], rounds[other], strict=True)
+    found = sorted(mine.samples_per_core_s / its.samples_per_core_s for mine, its in pairs)
+    return [round(float(value), 3) for value in (np.median(found), found[0], found[-1])]
 
 
 def measure(items: Iterator[tuple[int, int, float]], seconds: float) -> Rate:
@@ -211,24 +233,13 @@ def measure(items: Iterator[tuple[int, int, float]], seconds: float) -> Rate:
 
 def row(rate: Rate, mean_s: float, positions_of_a_sample: float) -> dict[str, float]:
     """A line of the table; where positions are not counted, they are those of our documents of as many samples."""
-    samples = rate.samples / rate.core_s
+    samples = rate.samples_per_core_s
     return {
         "samples_per_core_s": round(samples, 1),
         "audio_hours_per_core_s": round(samples * mean_s / 3600, 4),
         "useful_positions_per_core_s": round(rate.positions / rate.core_s or samples * positions_of_a_sample),
         **({} if math.isnan(rate.fill) else {"fill": round(rate.fill, 4)}),
     }
-
-
-def stored_over_audio(rows: dict[str, dict[str, float]], kind: str) -> float:
-    """How many times the audio-hours of audio shards come from pre-encoded ones."""
-    hours = {name: line["audio_hours_per_core_s"] for name, line in rows.items()}
-    return hours[f"c: packed batches from stored {kind}"] / hours["c: packed batches from audio"]
-
-
-def best_peer(rows: dict[str, dict[str, float]]) -> float:
-    """Useful positions a second of the fastest other package."""
-    return max(line["useful_positions_per_core_s"] for name, line in rows.items() if name[0] in "def")
 
 
 def watch_memory(items: Iterator[tuple[int, int, float]], num_samples: int) -> dict[int, float]:
