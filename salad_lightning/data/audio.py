@@ -120,7 +120,7 @@ class Recording:
         if len(self._audio) < stop:
             self._needed = max(self._needed, stop)
             with _refusing(self._where):
-                if self._audio.size:  # seeking takes time even where nothing has been read
+                if self._file.tell():  # seeking takes time even where nothing has been read
                     self._file.seek(0)
                 self._audio = self._file.read(frames=self._needed, dtype="int16", always_2d=True)[:, 0]
             if len(self._audio) < self._needed:

@@ -211,8 +211,11 @@ def test_a_recording_is_decoded_as_far_as_it_is_cut():
         np.testing.assert_array_equal(early.audio, whole[100:3000])
         np.testing.assert_array_equal(late.audio, whole[2000:20_000])
         assert late.audio is late.audio
-    with pytest.raises(UserError, match="the audio cannot be decoded"):
-        _ = recording.cut(0, 40_000).audio
+    broken = open_audio(damaged, 16_000, "here")
+    stretch = broken.cut(0, 40_000)
+    for _ in range(2):
+        with pytest.raises(UserError, match="the audio cannot be decoded"):
+            _ = stretch.audio
     recording = open_audio(content, 16_000, "here")
     for stop in (5000, 4000, 50_000, 70_000):  # each time further than it was decoded, or not
         np.testing.assert_array_equal(recording.cut(1000, stop).audio, whole[1000:stop])
