@@ -180,6 +180,7 @@ def hearings_table(worlds: Sequence[int], seeds: int) -> str:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy and M against minutes of synthetic speech, one line a γ, by coverage of the domains."""
     matplotlib.use("Agg")
+    minutes = {row["share"]: row["synthetic_seconds"] / 60 for row in rows if "share" in row}
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
     for line, (name, label) in zip(
         panels, (("speech_accuracy", "speech accuracy"), ("misalignment", "M, nats per token")), strict=True
@@ -202,6 +203,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set(ylabel=label, title=f"{'well covered' if group == 'heard' else 'under-covered'} domains")
             panel.grid(alpha=0.3)
             panel.set_xscale("log")
+            panel.set_xticks(list(minutes.values()), [f"{value:.1f}" for value in minutes.values()])
+            panel.minorticks_off()
             panel.legend(fontsize=7)
     for panel in panels[1]:
         panel.set_xlabel("minutes of synthetic speech")
