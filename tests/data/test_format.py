@@ -9,6 +9,7 @@ import soundfile
 from salad_lightning.data.audio import Recording, as_float, decode_audio, encode_flac, open_audio
 from salad_lightning.data.format import AUDIO_EXTENSIONS, decode, read_shard
 from salad_lightning.data.shard_writer import ShardWriter
+from salad_lightning.data.tars import read_members
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import save_speech_shards, speak_tones
 
@@ -164,6 +165,30 @@ def test_only_what_is_listed_is_taken_out(tmp_path):
         tar.addfile(link)
     (raw,) = read_shard(tmp_path / "x.tar")
     assert set(raw.members) == {"json"}
+
+
+class OnlyReads:
+    """A file that cannot seek, as from a network."""
+
+    def __init__(self, content):
+        self.read = io.BytesIO(content).read
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_contents_are_where_tarfile_finds_them(tar_format):
+    """After headers of several blocks, too, and with contents that fill their blocks."""
+    buffer = io.BytesIO()
+    expected = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for number, name in enumerate(["short", "l" * 300, "Füße/" + "ü" * 120, "last"]):
+            for extension, content in (("json", b"x" * 512 * number), ("other", b"y" * 700), ("txt", name.encode())):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                if extension != "other":
+                    expected.append((member.name, content))
+    for file in (io.BytesIO(buffer.getvalue()), OnlyReads(buffer.getvalue())):
+        assert list(read_members(file, lambda name: not name.endswith(".other"))) == expected
 
 
 def test_values_that_are_no_numbers_are_refused():
