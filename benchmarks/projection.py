@@ -78,12 +78,23 @@ def torchtune(case: Case) -> None:
 
 
 def liger(case: Case) -> None:
-    """Its LigerFusedLinearJSDLoss: chunks of 1,024 tokens, compiled on CUDA; the one divergence in all its releases."""
+    """Its LigerFusedLinearJSDLoss: chunks of 1,024 tokens, compiled on CUDA; runs on a CPU too."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=case.hidden.is_cuda)
     mean = loss(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels, None, None)
     (mean * case.labels.shape[0]).backward()
+
+
+def liger_kl(case: Case) -> None:
+    """Its LigerFusedLinearKLDivLoss, a Triton kernel; the teacher's probabilities are made whole, as it asks."""
+    from liger_kernel.transformers.fused_linear_kl_div import (  # type: ignore[import-not-found]
+        LigerFusedLinearKLDivLoss,
+    )
+
+    with torch.no_grad():
+        target = F.linear(case.teacher_hidden, case.teacher_weight).softmax(-1, dtype=torch.float32)
+    LigerFusedLinearKLDivLoss("sum", accum_dtype=torch.float32)(case.hidden, case.weight, target).backward()
 
 
 def bare(case: Case) -> None:
@@ -100,12 +111,14 @@ CONTENDERS: dict[str, Callable[[Case], None]] = {
     "ours": ours,
     "plain": plain,
     "torchtune": torchtune,
+    "liger_kl": liger_kl,
     "bare": bare,
     "ours_jsd": ours_jsd,
     "liger": liger,
 }
-REFERENCES = {"plain": "ours", "torchtune": "ours", "liger": "ours_jsd"}
-NEEDS = {"torchtune": "torchtune", "liger": "liger_kernel"}
+REFERENCES = {"plain": "ours", "torchtune": "ours", "liger_kl": "ours", "liger": "ours_jsd"}
+NEEDS = {"torchtune": "torchtune", "liger_kl": "liger_kernel", "liger": "liger_kernel"}
+ON_A_GPU = {"liger_kl"}
 # Whole [M, V] tensors in fp32 that are alive at the peak; more than there is would wake the kernel's killer.
 WHOLE_TENSORS = {"plain": 5, "torchtune": 4, "bare": 2}
 
@@ -189,6 +202,8 @@ def why_not(args: argparse.Namespace, contender: str, tokens: int) -> str:
     module = NEEDS.get(contender)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
+    if contender in ON_A_GPU and args.device == "cpu":
+        return "runs on a GPU only"
     if args.device == "cpu":
         heads = (3 if args.head == "trained" else 2) * args.vocab * args.dim * 4
         need = heads + WHOLE_TENSORS.get(contender, 1) * tokens * args.vocab * 4

@@ -279,6 +279,22 @@ def test_default_chunks_bound_the_memory(monkeypatch):
     assert max(shape[0] for shape in recorder.shapes if shape[1:] == (VOCAB,)) == 5
 
 
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "size"),
+    [
+        (151_936, 100, 128),  # one chunk
+        (151_936, 192, 192),
+        (151_936, 200, 128),  # two of about the same size, not 192 and 8
+        (151_936, 2048, 192),
+        (32_000, 8192, 832),
+        (10**7, 50, 2),  # fewer than a tile
+        (151_936, 0, 32),
+    ],
+)
+def test_default_chunks_are_few_and_alike(vocab, tokens, size):
+    assert kernel._chunk_size(torch.empty(vocab, 1, device="meta"), tokens) == size
+
+
 MEMORY = """
 import torch
 from pathlib import Path
@@ -310,7 +326,10 @@ def test_resident_memory_is_that_of_two_chunks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["compiled_equals_the_loop", "without_a_compiler_it_runs_uncompiled"])
+@pytest.mark.parametrize(
+    "check",
+    ["compiled_equals_the_loop", "compiled_equals_uncompiled_under_a_mask", "without_a_compiler_it_runs_uncompiled"],
+)
 def test_compiled(check):
     script = Path(__file__).with_name("compiled_projection.py")
     done = subprocess.run([sys.executable, str(script), check], capture_output=True, text=True, check=False)

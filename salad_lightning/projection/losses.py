@@ -50,8 +50,8 @@ def projected_loss(
         terms: What to sum.
         mask_M: True for tokens that count; by default all. The others are projected all the same, so where they are
             many, leave them out of the predictions instead.
-        chunk_size: Tokens whose logits exist at a time; by default chosen from V, for chunks of about 112 MiB in fp32
-            on a CPU and 192 MiB in bf16 on a GPU.
+        chunk_size: Tokens whose logits exist at a time; by default chosen from V and M, for logits of at most 112 MiB
+            in fp32 on a CPU and 320 MiB in bf16 on a GPU.
 
     Returns:
         The sum in fp32 (float64 for a float64 model), the number of tokens that count, and as ``parts`` the unweighted

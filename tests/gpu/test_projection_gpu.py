@@ -82,18 +82,30 @@ def test_metrics_are_exact_on_the_same_products():
     assert float(token_kl(one, one).abs().max()) < 1e-6
 
 
+def test_more_combinations_than_dynamo_keeps_by_default_are_compiled():
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    student = predict(300, 1000, 64, seed=0, trained=False)
+    teacher = predict(300, 1000, 64, seed=1, trained=False)
+    labels = torch.arange(300, device="cuda")
+    for number in range(1, 13):
+        projected_loss(student, labels, teacher, LossTerms(kl=1.0, temperature=1 + number / 8))
+    assert stats["unique_graphs"] == before + 12
+
+
+@pytest.mark.parametrize("name", ["kl", "mixture", "jsd"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_memory_at_the_shape_of_a_3b_model(trained):
+def test_memory_at_the_shape_of_a_3b_model(trained, name):
     tokens, vocab, width = 8192, 151_936, 2048
     student = predict(tokens, vocab, width, seed=0, trained=trained)
     teacher = predict(tokens, vocab, width, seed=1, trained=False)
     labels = torch.zeros(tokens, dtype=torch.long, device="cuda")
-    projected_loss(student, labels, teacher, TERMS["kl"]).sum.backward()  # compilation
+    projected_loss(student, labels, teacher, TERMS[name]).sum.backward()  # compilation
     student.hidden.grad = student.head.weight.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    total = projected_loss(student, labels, teacher, TERMS["kl"]).sum
+    total = projected_loss(student, labels, teacher, TERMS[name]).sum
     in_forward = torch.cuda.max_memory_allocated() - before
     gradients = student.hidden.nbytes + (vocab * width * 4 if trained else 0)
     assert in_forward - gradients <= 2**30
