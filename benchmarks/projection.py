@@ -1,9 +1,9 @@
 """Forward KL with its gradient, from hidden states: this package's kernel against plain torch, torchtune and Liger.
 
-Every contender does the same job in a process of its own: hidden states [M, D] and heads [V, D] of student and teacher
-in, the summed KL(teacher ‖ student) and the gradients out (for Liger, and `ours_jsd` beside it, the Jensen–Shannon
-divergence). Peers take part where they are installed; what cannot run is listed with its reason. `bare` is not one:
-it is the same matrix products and nothing else.
+Every contender does the same job in a process of its own (on a CPU, one for every size): hidden states [M, D] and heads
+[V, D] of student and teacher in, the summed KL(teacher ‖ student) and the gradients out (for `liger_jsd`, and
+`ours_jsd` beside it, the Jensen–Shannon divergence). Peers take part where they are installed; what cannot run is
+listed with its reason. `bare` is not one: it is the same matrix products and nothing else.
 
 Run by: python -m benchmarks.projection --json projection.json
 """
@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def torchtune(case: Case) -> None:
     (loss * case.labels.shape[0]).backward()
 
 
-def liger(case: Case) -> None:
+def liger_jsd(case: Case) -> None:
     """Its LigerFusedLinearJSDLoss: chunks of 1,024 tokens, compiled on CUDA; runs on a CPU too."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
@@ -114,16 +115,16 @@ CONTENDERS: dict[str, Callable[[Case], None]] = {
     "liger_kl": liger_kl,
     "bare": bare,
     "ours_jsd": ours_jsd,
-    "liger": liger,
+    "liger_jsd": liger_jsd,
 }
-REFERENCES = {"plain": "ours", "torchtune": "ours", "liger_kl": "ours", "liger": "ours_jsd"}
-NEEDS = {"torchtune": "torchtune", "liger_kl": "liger_kernel", "liger": "liger_kernel"}
+REFERENCES = {"plain": "ours", "torchtune": "ours", "liger_kl": "ours", "liger_jsd": "ours_jsd"}
+NEEDS = {"torchtune": "torchtune", "liger_kl": "liger_kernel", "liger_jsd": "liger_kernel"}
 ON_A_GPU = {"liger_kl"}
 # Whole [M, V] tensors in fp32 that are alive at the peak; more than there is would wake the kernel's killer.
 WHOLE_TENSORS = {"plain": 5, "torchtune": 4, "bare": 2}
 
 
-def make_case(args: argparse.Namespace, tokens: int, vocab: int) -> Case:
+def make_case(args: argparse.Namespace, head: str, tokens: int, vocab: int) -> Case:
     """Random hidden states and heads whose logits have variance 1."""
     generator = torch.Generator(args.device).manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -135,15 +136,28 @@ def make_case(args: argparse.Namespace, tokens: int, vocab: int) -> Case:
     weights = [normal(vocab, args.dim, scale=args.dim**-0.5) for _ in range(2)]
     hidden = [normal(tokens, args.dim, scale=1.0) for _ in range(2)]
     labels = torch.randint(0, vocab, (tokens,), device=args.device, generator=generator)
-    weights[0].requires_grad_(args.head == "trained")
+    weights[0].requires_grad_(head == "trained")
     return Case(hidden[0].requires_grad_(), weights[0], hidden[1], weights[1], labels)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time and peak memory of one contender in this process; gradients go to ``args.gradients``."""
+def measure_cases(args: argparse.Namespace) -> None:
+    """Measure one contender in this process and print a row as soon as it is there; gradients go to a folder."""
+    CONTENDERS[args.contender](make_case(args, "frozen", 64, 128))  # libraries load, threads start
+    for head, tokens in itertools.product(args.heads, args.tokens):
+        row: dict[str, Any] = {"contender": args.contender, "tokens": tokens, "head": head}
+        try:
+            row |= measure(args, head, tokens)
+        except torch.OutOfMemoryError:
+            row["skipped"] = "out of memory"
+        print(json.dumps(row), flush=True)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(args: argparse.Namespace, head: str, tokens: int) -> dict[str, Any]:
+    """Time and peak memory of a case."""
     run = CONTENDERS[args.contender]
-    run(make_case(args, 64, 128))  # libraries load, threads start
-    case = make_case(args, args.tokens[0], args.vocab)
+    case = make_case(args, head, tokens, args.vocab)
     if args.device == "cuda":
         run(case)  # compilation
     seconds, cpu_seconds, peak = [], [], 0
@@ -163,17 +177,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         assert case.weight.grad is not None
         # All of it would be gigabytes on disk; its product with one vector sees every element.
         gradients["head"] = case.weight.grad.float() @ torch.linspace(-1, 1, args.dim, device=args.device)
-    torch.save(gradients, args.gradients)
+    torch.save(gradients, gradients_path(args.gradients, args.contender, head, tokens))
     returned = sum(t.grad.nbytes for t in (case.hidden, case.weight) if t.grad is not None)
     products = 4 if case.weight.requires_grad else 3
-    operations = 2 * products * args.tokens[0] * args.vocab * args.dim
+    operations = 2 * products * tokens * args.vocab * args.dim
     return {
-        "seconds": min(seconds),
-        "cpu_seconds": min(cpu_seconds),
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
         "gibibytes_above_inputs": peak / GIB,
         "gibibytes_above_inputs_and_gradients": max(0, peak - returned) / GIB,
-        "teraflops": operations / min(seconds) / 1e12,
+        "teraflops": operations / statistics.median(seconds) / 1e12,
     }
+
+
+def gradients_path(folder: str, contender: str, head: str, tokens: int) -> Path:
+    return Path(folder) / f"{contender}-{head}-{tokens}.pt"
 
 
 def reset_peak(device: str) -> int:
@@ -197,7 +215,7 @@ def status_bytes(name: str, path: str = "/proc/self/status") -> int:
     return int(line.split()[1]) * 1024
 
 
-def why_not(args: argparse.Namespace, contender: str, tokens: int) -> str:
+def why_not(args: argparse.Namespace, contender: str, head: str, tokens: int) -> str:
     """Why a contender cannot run; empty if it can."""
     module = NEEDS.get(contender)
     if module and importlib.util.find_spec(module) is None:
@@ -205,7 +223,7 @@ def why_not(args: argparse.Namespace, contender: str, tokens: int) -> str:
     if contender in ON_A_GPU and args.device == "cpu":
         return "runs on a GPU only"
     if args.device == "cpu":
-        heads = (3 if args.head == "trained" else 2) * args.vocab * args.dim * 4
+        heads = (3 if head == "trained" else 2) * args.vocab * args.dim * 4
         need = heads + WHOLE_TENSORS.get(contender, 1) * tokens * args.vocab * 4
         free = status_bytes("MemAvailable", "/proc/meminfo")
         if need > 0.9 * free:
@@ -213,26 +231,38 @@ def why_not(args: argparse.Namespace, contender: str, tokens: int) -> str:
     return ""
 
 
-def run_child(args: argparse.Namespace, contender: str, tokens: int, folder: Path) -> dict[str, Any]:
+def run_child(
+    args: argparse.Namespace, contender: str, cases: list[tuple[str, int]], folder: str
+) -> list[dict[str, Any]]:
     """Measure one contender in a fresh process."""
-    row: dict[str, Any] = {"contender": contender, "tokens": tokens, "head": args.head}
-    if reason := why_not(args, contender, tokens):
-        return row | {"skipped": reason}
-    gradients = folder / f"{contender}.pt"
-    command = [sys.executable, "-m", "benchmarks.projection", "--contender", contender, "--gradients", str(gradients)]
-    for name in ("vocab", "dim", "device", "repeats", "threads", "head"):
+    rows: list[dict[str, Any]] = [{"contender": contender, "tokens": tokens, "head": head} for head, tokens in cases]
+    for row in rows:
+        if reason := why_not(args, contender, row["head"], row["tokens"]):
+            row["skipped"] = reason
+    if any("skipped" in row for row in rows):
+        return rows
+    command = [sys.executable, "-m", "benchmarks.projection", "--contender", contender, "--gradients", folder]
+    for name in ("vocab", "dim", "device", "repeats", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run([*command, "--tokens", str(tokens)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return row | {"skipped": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    row |= json.loads(done.stdout.splitlines()[-1])
-    reference = folder / f"{REFERENCES.get(contender, '')}.pt"
-    if reference.exists():
-        mine, theirs = torch.load(reference), torch.load(gradients)
-        row["gradients_differ"] = {
-            name: float((theirs[name] - value).norm() / theirs[name].norm()) for name, value in mine.items()
-        }
-    return row
+    heads, tokens = (list(dict.fromkeys(str(case[part]) for case in cases)) for part in (0, 1))
+    done = subprocess.run(
+        [*command, "--heads", *heads, "--tokens", *tokens], capture_output=True, text=True, check=False
+    )
+    measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows[len(measured) :]:
+        row["skipped"] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    rows[: len(measured)] = measured
+    for row in measured:
+        paths = [
+            gradients_path(folder, name, row["head"], row["tokens"])
+            for name in (REFERENCES.get(contender, contender), contender)
+        ]
+        if paths[0] != paths[1] and all(path.exists() for path in paths):
+            mine, theirs = (torch.load(path) for path in paths)
+            row["gradients_differ"] = {
+                name: float((theirs[name] - value).norm() / theirs[name].norm()) for name, value in mine.items()
+            }
+    return rows
 
 
 def markdown(rows: list[dict[str, Any]], time_key: str) -> str:
@@ -269,24 +299,27 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=["frozen", "trained"], choices=["frozen", "trained"])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=0, help="the best counts; 1 on a CPU, 10 on a GPU")
+    parser.add_argument("--repeats", type=int, default=0, help="the median counts; by default 1 on a CPU, 10 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    for hidden in ("contender", "gradients", "head"):  # for the processes that this one starts
+    for hidden in ("contender", "gradients"):  # for the processes that this one starts
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.repeats = args.repeats or (10 if args.device == "cuda" else 1)
     torch.set_num_threads(args.threads)
     if args.contender:
-        print(json.dumps(measure(args)))
+        measure_cases(args)
         return
+    cases = list(itertools.product(args.heads, args.tokens))
+    # What the allocator of a GPU counts does not depend on what ran before, so one compilation serves all sizes.
+    jobs = [cases] if args.device == "cuda" else [[case] for case in cases]
     rows = []
-    for head, tokens in itertools.product(args.heads, args.tokens):
-        args.head = head
-        with tempfile.TemporaryDirectory() as folder:
-            for contender in args.contenders:
-                rows.append(run_child(args, contender, tokens, Path(folder)))
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for job, contender in itertools.product(jobs, args.contenders):
+            for row in run_child(args, contender, job, folder):
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: cases.index((row["head"], row["tokens"])))
     # A CPU is shared with whatever else runs; its own seconds are the steadier figure.
     table = markdown(rows, "seconds" if args.device == "cuda" else "cpu_seconds")
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"

@@ -11,7 +11,10 @@ Run by: python -m benchmarks.step --size mini                        # any machi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,13 +90,13 @@ def documents(count: int, context: int, vocab: int, encoder_dim: int, seed: int 
     return made
 
 
-def build(args: argparse.Namespace) -> tuple[SpeechLLM, LanguageModel]:
+def build(args: argparse.Namespace, attention: str) -> tuple[SpeechLLM, LanguageModel]:
     """Student in fp32, teacher in the compute dtype."""
     torch.manual_seed(0)
     encoder = LogMelEncoder()
     with torch.device(args.device):
-        llm = build_language_model(config(args.size), SIZES[args.size][5], args.attention)
-        teacher = build_language_model(config(args.size), SIZES[args.size][5], args.attention)
+        llm = build_language_model(config(args.size), SIZES[args.size][5], attention)
+        teacher = build_language_model(config(args.size), SIZES[args.size][5], attention)
         settings = MINI_CONNECTOR if args.size == "mini" else {}
         connector = CausalTransformerConnector(encoder_dim=encoder.output_dim, llm_dim=llm.dim, stack=STACK, **settings)
     teacher.load_state_dict(llm.state_dict())
@@ -134,17 +137,30 @@ STEPS: dict[str, Callable[[SpeechLLM, LanguageModel, SpeechBatch], Tensor]] = {"
 
 
 def measure(args: argparse.Namespace, kind: str, batches: list[SpeechBatch]) -> dict[str, Any]:
-    """Seconds a step, peak memory, MFU; losses of the first steps, to compare."""
-    model, teacher = build(args)
+    """Seconds a step (the median), peak memory, MFU; losses of the first steps, to compare."""
+    try:
+        row = measure_steps(args, kind, batches)
+    except torch.OutOfMemoryError:
+        row = {"failed": "out of memory"}
+    print(json.dumps({"step": kind, **row}), file=sys.stderr, flush=True)
+    gc.collect()  # a model in cycles would stand beside the next one
+    torch.cuda.empty_cache()
+    return row
+
+
+def measure_steps(args: argparse.Namespace, kind: str, batches: list[SpeechBatch]) -> dict[str, Any]:
+    """`measure`, where memory is enough."""
+    attention = args.attention if kind == "ours" else "sdpa"
+    model, teacher = build(args, attention)
     # Both alike: the ratio is not to credit us with what torch.compile does for anybody.
-    execution = Execution(args.checkpointing, args.compile, args.attention)
+    execution = Execution(args.checkpointing, args.compile, attention)
     prepare_blocks(model.llm.blocks, execution)
     prepare_blocks(teacher.blocks, execution, trained=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=args.device == "cuda")
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds, work = [], 0.0, [Work.of(batch) for batch in batches]
-    for number, batch in enumerate(batches):
+    losses, seconds = [], []
+    for batch in batches:
         on_device = batch.to(args.device)
         synchronize(args.device)
         began = time.perf_counter()
@@ -155,15 +171,20 @@ def measure(args: argparse.Namespace, kind: str, batches: list[SpeechBatch]) -> 
         optimizer.step()
         optimizer.zero_grad()
         synchronize(args.device)
-        if number >= args.warmup:
-            seconds += time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
         losses.append(float(loss.detach()))
-    row: dict[str, Any] = {"seconds": seconds / (len(batches) - args.warmup), "losses": losses}
-    row["positions_per_second"] = sum(w.positions for w in work[args.warmup :]) / seconds
+    timed, work = seconds[args.warmup :], [Work.of(batch) for batch in batches[args.warmup :]]
+    # The rows of a batch differ: a median of rates, not the rate at the median time.
+    rates = [part.positions / time for part, time in zip(work, timed, strict=True)]
+    row: dict[str, Any] = {"seconds": statistics.median(timed), "losses": losses}
+    row |= {"seconds_least": min(timed), "seconds_most": max(timed)}
+    row["positions_per_second"] = statistics.median(rates)
     if args.device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
     if peak := peak_flops_per_second(torch.device(args.device)):
-        row["mfu"] = model_flops_utilisation(sum(flops(model, w) for w in work[args.warmup :]), seconds, peak)
+        row["mfu"] = statistics.median(
+            model_flops_utilisation(flops(model, part), time, peak) for part, time in zip(work, timed, strict=True)
+        )
     return row
 
 
@@ -223,7 +244,7 @@ def padding(args: argparse.Namespace, made: list[Document]) -> dict[str, dict[st
             collate(rows, context=args.context, rows_per_batch=len(rows), trim=kind != "packed") for rows in chosen
         ]
         row = measure(args, "ours", [*batches[: args.warmup], *batches])
-        table[kind] = {"padding_share": 1 - real / room, "positions_per_second": row["positions_per_second"]}
+        table[kind] = {"padding_share": 1 - real / room, "positions_per_second": row.get("positions_per_second", 0.0)}
     return table
 
 
@@ -242,6 +263,7 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "flex"])
     parser.add_argument("--checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=True, help="compare kinds of rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to write all figures")
     args = parser.parse_args()
@@ -250,19 +272,26 @@ def main() -> None:
     packed = [rows for rows in rows_of("packed", made, args) if len(rows) == args.rows][: args.steps + args.warmup]
     batches = [collate(rows, context=args.context, rows_per_batch=args.rows) for rows in packed]
     result: dict[str, Any] = {kind: measure(args, kind, batches) for kind in STEPS}
-    result["ratio"] = result["plain"]["seconds"] / result["ours"]["seconds"]
-    pairs = zip(result["ours"]["losses"], result["plain"]["losses"], strict=True)
-    result["losses_differ"] = max(abs(mine - theirs) / max(abs(theirs), 1e-9) for mine, theirs in list(pairs)[1:])
-    result["rows"] = padding(args, made)
+    if not any("failed" in row for row in result.values()):
+        result["ratio"] = result["plain"]["seconds"] / result["ours"]["seconds"]
+        pairs = zip(result["ours"]["losses"], result["plain"]["losses"], strict=True)
+        result["losses_differ"] = max(abs(mine - theirs) / max(abs(theirs), 1e-9) for mine, theirs in list(pairs)[1:])
+    result["rows"] = padding(args, made) if args.table else {}
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"{machine}, torch {torch.__version__}, {args.size}, {args.rows} × {args.context} positions\n")
     print("| step | s | positions/s | peak GiB | MFU |\n|---|---|---|---|---|")
     for kind in STEPS:
         row = result[kind]
+        if "failed" in row:
+            print(f"| {kind} | {row['failed']} | | | |")
+            continue
         memory, mfu = (f"{row[key]:.3g}" if key in row else "–" for key in ("peak_gib", "mfu"))
         print(f"| {kind} | {row['seconds']:.3f} | {row['positions_per_second']:,.0f} | {memory} | {mfu} |")
-    print(f"\nplain ÷ ours: {result['ratio']:.2f}; losses differ by up to {result['losses_differ']:.0e}\n")
-    print("| rows | padding | positions/s |\n|---|---|---|")
+    if "ratio" in result:
+        print(f"\nplain ÷ ours: {result['ratio']:.2f}; losses differ by up to {result['losses_differ']:.0e}")
+    print()
+    if args.table:
+        print("| rows | padding | positions/s |\n|---|---|---|")
     for kind, row in result["rows"].items():
         print(f"| {kind} | {row['padding_share']:.1%} | {row['positions_per_second']:,.0f} |")
     if args.json:

@@ -154,8 +154,8 @@ def memory_per_gpu(
     """Predicted memory under FSDP2: everything sharded over ``gpus``, AdamW, every block's activations recomputed.
 
     A trained parameter takes 16 bytes (fp32 weight, gradient and two moments), a teacher's 2 (bf16). Gathered in bf16
-    are two blocks (one at work, one prefetched) with the fp32 gradient of one, and the parameters outside the blocks,
-    of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position for every block,
+    (on one GPU: copied) are two blocks (one at work, one prefetched) with the fp32 gradient of one, and the parameters
+    outside the blocks, of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position for every block,
     and 34 · dim bytes a position inside the one at work (Korthikanti et al., arXiv 2205.05198, section 4, without
     attention scores, which are never held). The projection holds its chunk: 1 GiB.
 
@@ -173,7 +173,7 @@ def memory_per_gpu(
     block = student.block_parameters / student.num_layers
     outside = student.parameters - student.block_parameters
     teachers_outside = 0 if teacher is None else teacher.parameters - teacher.block_parameters
-    gathered = 0.0 if gpus == 1 else 2 * 2 * block + 4 * block + (2 + 4) * outside + 2 * teachers_outside
+    gathered = 2 * 2 * block + 4 * block + (2 + 4) * outside + 2 * teachers_outside
     return Memory(
         trained=16 * student.parameters / gpus,
         teacher=0.0 if teacher is None else 2 * teacher.parameters / gpus,

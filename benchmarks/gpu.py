@@ -1,0 +1,101 @@
+"""Everything that wants a GPU, in one call: tests/gpu, the projection kernel, whole training steps.
+
+Each part is a process with its log in the output folder, where ``gpu.md`` is rewritten after every part: with the date,
+the versions, and what the parts printed. What does not fit into the minutes is cut off, its log stays, and the next
+call with ``--parts`` goes on from there. Copy the tables into RESULTS.md.
+
+Run by: python -m benchmarks.gpu --minutes 28 --output outputs/gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "lightning", "bitsandbytes", "peft", "torchtune", "liger-kernel")
+STEP = ("-m", "benchmarks.step", "--attention", "flex")
+PARTS: dict[str, tuple[str, ...]] = {
+    "tests": ("-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider", "--durations", "5"),
+    "projection": ("-m", "benchmarks.projection"),
+    "step-3B": (*STEP, "--size", "3B", "--rows", "4", "--no-table"),
+    "step-0.5B": (*STEP, "--size", "0.5B", "--rows", "16", "--no-table"),
+    "step-3B-sdpa": ("-m", "benchmarks.step", "--size", "3B", "--rows", "4", "--no-table"),
+    "rows-0.5B": (*STEP, "--size", "0.5B", "--rows", "8", "--no-compile"),
+}
+MINI = {"projection": ("--tokens", "64", "--vocab", "512", "--dim", "16"),
+        "step-0.5B": ("--size", "mini", "--context", "64", "--rows", "2", "--steps", "2", "--warmup", "1",
+                      "--documents", "16", "--attention", "sdpa", "--no-compile")}  # fmt: skip
+
+
+def versions() -> str:
+    """Date, device and packages, a line each."""
+    lines = [f"- date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"]
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        lines.append(f"- {device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+    else:
+        lines.append("- no GPU")
+    held = []
+    for name in PACKAGES:
+        try:
+            held.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            held.append(f"{name} –")
+    return "\n".join([*lines, f"- {', '.join(held)}"])
+
+
+def run_part(name: str, command: list[str], output: Path, seconds: float) -> tuple[str, bool]:
+    """Run a part for at most so long; what came of it as Markdown, and whether it went well."""
+    began = time.monotonic()
+    with open(output / f"{name}.out", "w") as out, open(output / f"{name}.err", "w") as err:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=err, timeout=seconds, check=False).returncode
+            end = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, end = 124, "cut off: the time was over"
+    printed = (output / f"{name}.out").read_text().strip()
+    if code:  # rows measured so far are there
+        printed += "\n\n" + "\n".join((output / f"{name}.err").read_text().strip().splitlines()[-12:])
+    fence = "" if printed.count("|") > 8 and not code else "```\n"
+    head = f"## {name}\n`python {' '.join(command[1:])}`: {end}, {time.monotonic() - began:.0f} s\n"
+    return f"{head}\n{fence}{printed}\n{fence}", not code
+
+
+def main() -> int:
+    """Run the parts, the most telling first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), help="folder for logs and gpu.md")
+    parser.add_argument("--minutes", type=float, default=28, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--mini", action="store_true", help="tiny sizes, on any machine: does the call itself work?")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.mini:
+        print("torch sees no CUDA device: there is nothing to measure here (--mini tries the call)", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    report, fine = [f"# On a GPU\n{versions()}\n"], True
+    for name in args.parts:
+        left = deadline - time.monotonic()
+        if left < 20:
+            report.append(f"## {name}\nnot begun: the time was over\n")
+            fine = False
+        else:
+            extra = MINI.get(name, ()) if args.mini else ()
+            text, went_well = run_part(name, [sys.executable, *PARTS[name], *extra], args.output, left)
+            report.append(text)
+            fine = fine and went_well
+        print(report[-1], flush=True)
+        (args.output / "gpu.md").write_text("\n".join(report))
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
