@@ -177,7 +177,7 @@ class CausalConvEncoder(Encoder):
         Returns:
             ``[N, T, num_mels]``, completed with silence to whole frames.
         """
-        num_samples = int(self.output_lengths(lengths_N).max()) * self._samples_per_frame
+        num_samples = self.output_lengths(audio_NL.shape[1]) * self._samples_per_frame
         audio_NL = fit_samples(audio_NL, lengths_N, num_samples)
         return causal_log_mel(
             audio_NL, sample_rate_hz=self.sample_rate_hz, num_mels=self._config.num_mels, hop=self._hop

@@ -50,7 +50,7 @@ class LogMelEncoder(Encoder):
     def encode(self, audio_NL: Tensor, lengths_N: Tensor) -> Stored:
         """Log-mel frames ``[N, T, num_mels]``."""
         num_frames_N = self.output_lengths(lengths_N)
-        audio_NL = fit_samples(audio_NL, lengths_N, int(num_frames_N.max()) * self._hop)
+        audio_NL = fit_samples(audio_NL, lengths_N, self.output_lengths(audio_NL.shape[1]) * self._hop)
         frames_NTD = causal_log_mel(
             audio_NL, sample_rate_hz=self.sample_rate_hz, num_mels=self.output_dim, hop=self._hop
         )

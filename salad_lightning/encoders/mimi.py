@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import MimiModel
-from transformers.models.mimi.modeling_mimi import MimiEuclideanCodebook
+from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiEuclideanCodebook
 
 from salad_lightning.encoders._audio import ceil_div, fit_samples, samples_per_frame, zero_beyond
 from salad_lightning.encoders._loading import load_config, load_frozen
@@ -58,6 +58,9 @@ class MimiEncoder(Encoder):
         self.model: Any = load_frozen(MimiModel, path, config, not_needed=r"^(decoder|decoder_transformer|upsample)\.")
         for name in {"decoder", "decoder_transformer", "upsample"} & set(self.model._modules):
             setattr(self.model, name, None)  # half of the weights, never used
+        for module in self.model.modules():
+            if type(module) is MimiConv1d:
+                module.__class__ = _Conv1d  # in place: parameters keep their identity and names
         self.eval()
 
     def output_lengths(self, num_samples: LengthT) -> LengthT:
@@ -68,7 +71,7 @@ class MimiEncoder(Encoder):
     def encode(self, audio_NL: Tensor, lengths_N: Tensor) -> Stored:
         """Codes ``[N, T, num_quantizers]``, int64."""
         num_frames_N = self.output_lengths(lengths_N)
-        audio_NL = fit_samples(audio_NL, lengths_N, int(num_frames_N.max()) * self._samples_per_frame)
+        audio_NL = fit_samples(audio_NL, lengths_N, self.output_lengths(audio_NL.shape[1]) * self._samples_per_frame)
         audio_NL = audio_NL.to(next(self.model.parameters()).dtype)
         codes_NQT = self.model.encode(
             audio_NL.unsqueeze(1), num_quantizers=self._num_quantizers, use_streaming=False, return_dict=True
@@ -112,3 +115,17 @@ class MimiEncoder(Encoder):
             if isinstance(module, MimiEuclideanCodebook):
                 module._embed = None
         return self
+
+
+class _Conv1d(MimiConv1d):
+    """The same convolution, padded by numbers that the host knows.
+
+    Those of transformers are tensors on the device, and each layer reads them back: 30 waits for a GPU in a step.
+    """
+
+    def forward(self, hidden_states: Tensor, padding_cache: Any = None) -> Any:
+        if padding_cache is not None:
+            return super().forward(hidden_states, padding_cache)
+        (kernel,), (stride,), (dilation,) = self.conv.kernel_size, self.conv.stride, self.conv.dilation
+        before, after = (kernel - 1) * dilation + 1 - stride, -hidden_states.shape[-1] % stride
+        return self.conv(self._pad1d(hidden_states, (before, after), mode=self.pad_mode))

@@ -69,7 +69,7 @@ class SelfSupervisedEncoder(Encoder):
     def encode(self, audio_NL: Tensor, lengths_N: Tensor) -> Stored:
         """Frames of all layers, ``[N, T, K, D]``."""
         filled_N = lengths_N.clamp(min=self._min_samples)
-        audio_NL = fit_samples(audio_NL, lengths_N, int(filled_N.max()))
+        audio_NL = fit_samples(audio_NL, lengths_N, max(audio_NL.shape[1], self._min_samples))
         if self._normalize:
             audio_NL = _zero_mean_unit_variance(audio_NL, lengths_N)
         num_frames_N = self.output_lengths(lengths_N)

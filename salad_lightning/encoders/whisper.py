@@ -60,7 +60,7 @@ class WhisperEncoder(Encoder):
             UserError: If a clip is longer than the model's positions (30 s).
         """
         num_frames_N = self.output_lengths(lengths_N)
-        num_frames = int(num_frames_N.max())
+        num_frames = self.output_lengths(audio_NL.shape[1])
         if num_frames > self._max_frames:
             raise UserError(
                 f"a clip of {num_frames / self.frame_rate_hz:.1f} s is longer than the "
@@ -93,7 +93,7 @@ class WhisperEncoder(Encoder):
             ``[N, 2 * T, num_mel_bins]`` at 100 Hz for the T frames of the longest clip. Beyond a clip's own frames:
             the values of silence.
         """
-        num_frames = 2 * int(self.output_lengths(lengths_N).max())
+        num_frames = 2 * self.output_lengths(audio_NL.shape[1])
         # Two frames past the end still overlap the clip and can hold its maximum.
         num_heard = min(num_frames + 2, 2 * self._max_frames)
         audio_NL = fit_samples(audio_NL, lengths_N, min(num_heard + 2, 2 * self._max_frames) * _HOP)
@@ -115,11 +115,9 @@ class WhisperEncoder(Encoder):
         return hidden_NTD + positions[: hidden_NTD.shape[1]]
 
 
-def _attention_mask(num_frames_N: Tensor, hidden_NTD: Tensor) -> Tensor | None:
-    """What Hugging Face's attention adds to the scores, ``[N, 1, T, T]``; None where every clip is equally long."""
+def _attention_mask(num_frames_N: Tensor, hidden_NTD: Tensor) -> Tensor:
+    """What Hugging Face's attention adds to the scores, ``[N, 1, T, T]``."""
     mask_NT = valid_mask(num_frames_N, hidden_NTD.shape[1])
-    if bool(mask_NT.all()):
-        return None
     scores = torch.zeros_like(mask_NT, dtype=hidden_NTD.dtype)
     scores = scores.masked_fill(~mask_NT, torch.finfo(hidden_NTD.dtype).min)
     return scores[:, None, None, :].expand(-1, 1, hidden_NTD.shape[1], -1)

@@ -174,7 +174,11 @@ class TokenLossModule(LightningModule):
                     parameter.grad.mul_(factor)
         self._totals.clear()
         for name, total in means.items():
-            self.log(f"train/{name}", total / count, prog_bar=name == "loss")
+            self.log(f"train/{name}", total / count)
+        every = self.trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:
+            # Not by `prog_bar`: that is read from the device after every batch, whether there is a bar or not.
+            self.trainer.progress_bar_metrics["train/loss"] = float(means["loss"] / count)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Groups by `parameter_rates`, each split by whether weight decay applies (matrices only)."""

@@ -43,11 +43,17 @@ class TestCausalConv25Hz(EncoderContract):
 
 
 class TestMimiLatents(EncoderContract):
+    # One in transformers, which looks whether positions begin anew within a row.
+    device_reads = 1
+
     def make_encoder(self):
         return MimiEncoder(save_tiny_mimi(self.folder), num_quantizers=3)
 
 
 class TestMimiCodes(EncoderContract):
+    # One in transformers, which looks whether positions begin anew within a row.
+    device_reads = 1
+
     def make_encoder(self):
         return MimiEncoder(save_tiny_mimi(self.folder), input="codes", num_quantizers=4)
 
@@ -63,21 +69,33 @@ class TestWhisperAll(EncoderContract):
 
 
 class TestWav2Vec2GroupNorm(EncoderContract):
+    # One in transformers, which looks whether all clips are equally long.
+    device_reads = 1
+
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_wav2vec2(self.folder, norm="group"))
 
 
 class TestWav2Vec2LayerNorm(EncoderContract):
+    # One in transformers, which looks whether all clips are equally long.
+    device_reads = 1
+
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_wav2vec2(self.folder, norm="layer"))
 
 
 class TestHubertGroupNorm(EncoderContract):
+    # One in transformers, which looks whether all clips are equally long.
+    device_reads = 1
+
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_hubert(self.folder, norm="group"))
 
 
 class TestHubertBatchNorm(EncoderContract):
+    # One in transformers, which looks whether all clips are equally long.
+    device_reads = 1
+
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_hubert(self.folder, norm="layer", conv_pos_batch_norm=True))
 

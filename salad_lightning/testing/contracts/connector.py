@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from salad_lightning.interfaces import Connector, ConnectorOutput
+from salad_lightning.testing.device_reads import DeviceReads
 
 __all__ = ["ConnectorContract"]
 
@@ -106,6 +107,17 @@ class ConnectorContract:
             for name, other in (("its neighbours", batch), ("padding", padded)):
                 difference = float((other.embeddings[row, :valid] - expected).abs().max())
                 assert difference <= tolerance, f"{name} changed a span of {length} frames by {difference:.2e}"
+
+    def test_reads_nothing_back_from_the_device(self) -> None:
+        """Sizes are known from the frames' shape, so forward and backward never wait for the device."""
+        connector = self._connector()
+        frames, lengths = _spans()
+        words = _words(lengths)
+        connector(frames, lengths, num_words_N=words)  # whatever is cached
+        with DeviceReads() as reads:
+            output = connector(frames, lengths, num_words_N=words)
+            sum(output.losses.values(), output.embeddings.sum()).backward()
+        assert not reads.found, "\n".join(reads.found)
 
     def test_every_parameter_gets_a_finite_gradient(self) -> None:
         """Parameters outside the graph would hang data-parallel training and never learn."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from salad_lightning.interfaces import Encoder, EncoderOutput, Stored
+from salad_lightning.testing.device_reads import DeviceReads
 
 __all__ = ["EncoderContract"]
 
@@ -25,10 +26,13 @@ class EncoderContract:
     Attributes:
         tolerance: Largest difference between a frame computed in a padded batch and alone, relative to the largest
             value of the clip's frames (at least 1).
+        device_reads: How often encoding a batch may read a value back from the device, and so wait for it: 0, but for
+            what a library's model does inside. Sizes are known from the audio's shape.
         folder: An empty folder, where `make_encoder` can save a model to load.
     """
 
     tolerance: float = 1e-4
+    device_reads: int = 0
     folder: Path
 
     def make_encoder(self) -> Encoder:
@@ -139,6 +143,14 @@ class EncoderContract:
         """The same arguments give the same encoder: nothing in it is drawn at random."""
         clips = _clips(encoder)
         torch.testing.assert_close(self.make_encoder()(*clips).frames, encoder(*clips).frames, rtol=0, atol=0)
+
+    def test_reads_little_back_from_the_device(self, encoder: Encoder) -> None:
+        """Neither ``encode`` nor ``embed`` waits for the device, once the first batch has filled what is cached."""
+        clips = _clips(encoder)
+        encoder.embed(encoder.encode(*clips))
+        with DeviceReads() as reads:
+            encoder.embed(encoder.encode(*clips))
+        assert len(reads.found) <= self.device_reads, "\n".join(reads.found)
 
     def test_silence_is_finite(self, encoder: Encoder) -> None:
         """Digital silence, down to a single sample, gives finite frames."""

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from salad_lightning.batch import Head, ObjectiveOutput, Prediction
 from salad_lightning.interfaces import Objective
+from salad_lightning.testing.device_reads import DeviceReads
 
 __all__ = ["ObjectiveContract"]
 
@@ -92,6 +93,13 @@ class ObjectiveContract:
             assert not part.requires_grad, f"part {name} holds on to the graph"
         exact = _slow_logits(_double(student)).softmax(-1)[torch.arange(_TOKENS), labels].log().sum()
         assert_close(parts["nll"].double(), -exact.detach(), rtol=1e-5, atol=1e-6)
+
+    def test_reads_nothing_back_from_the_device(self) -> None:
+        """Neither the loss nor its gradient waits for the device."""
+        student, teacher, labels = _case("all")
+        with DeviceReads() as reads:
+            self._apply(student, teacher, labels).sum.backward()  # type: ignore[no-untyped-call]
+        assert not reads.found, "\n".join(reads.found)
 
     def test_nothing_to_predict(self) -> None:
         """With M = 0 the sum is 0, still part of the graph, and the gradient zero, not NaN."""

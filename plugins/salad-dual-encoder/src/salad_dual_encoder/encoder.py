@@ -75,7 +75,7 @@ class DualEncoder(Encoder):
             UserError: As the encoders do.
         """
         num_frames_N = self.output_lengths(lengths_N)
-        num_frames = int(num_frames_N.max())
+        num_frames = self.output_lengths(audio_NL.shape[1])
         joined = [
             self._frames(part, stack, audio_NL, lengths_N, num_frames)
             for part, stack in zip((self.first, self.second), self._stacks, strict=True)
