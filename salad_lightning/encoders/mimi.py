@@ -125,7 +125,7 @@ class _Conv1d(MimiConv1d):
 
     def forward(self, hidden_states: Tensor, padding_cache: Any = None) -> Any:
         if padding_cache is not None:
-            return super().forward(hidden_states, padding_cache)
+            return super().forward(hidden_states, padding_cache)  # type: ignore[no-untyped-call]
         (kernel,), (stride,), (dilation,) = self.conv.kernel_size, self.conv.stride, self.conv.dilation
         before, after = (kernel - 1) * dilation + 1 - stride, -hidden_states.shape[-1] % stride
         return self.conv(self._pad1d(hidden_states, (before, after), mode=self.pad_mode))

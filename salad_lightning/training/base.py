@@ -175,7 +175,7 @@ class TokenLossModule(LightningModule):
         self._totals.clear()
         for name, total in means.items():
             self.log(f"train/{name}", total / count)
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             # Not by `prog_bar`: that is read from the device after every batch, whether there is a bar or not.
             self.trainer.progress_bar_metrics["train/loss"] = float(means["loss"] / count)

@@ -155,9 +155,9 @@ def memory_per_gpu(
 
     A trained parameter takes 16 bytes (fp32 weight, gradient and two moments), a teacher's 2 (bf16). Gathered in bf16
     (on one GPU: copied) are two blocks (one at work, one prefetched) with the fp32 gradient of one, and the parameters
-    outside the blocks, of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position for every block,
-    and 34 · dim bytes a position inside the one at work (Korthikanti et al., arXiv 2205.05198, section 4, without
-    attention scores, which are never held). The projection holds its chunk: 1 GiB.
+    outside the blocks, of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position
+    for every block, and 34 · dim bytes a position inside the one at work (Korthikanti et al., arXiv 2205.05198, section
+    4, without attention scores, which are never held). The projection holds its chunk: 1 GiB.
 
     Args:
         student: Fully trained.

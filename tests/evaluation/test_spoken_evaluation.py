@@ -252,7 +252,8 @@ def test_two_processes_share_the_work(world, evaluated, tmp_path):
     options = [f"--trainer.default_root_dir={tmp_path / 'out'}", "--trainer.devices=2", "--trainer.strategy=ddp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "salad_lightning", *arguments, *options]
-    subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
+    done = subprocess.run(command, check=False, timeout=300, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = evaluated[0].results("evaluation.json"), TinyRun(tmp_path / "out").results("evaluation.json")
     for name, task in one["tasks"].items():
         assert {k: v for k, v in two["tasks"][name].items() if isinstance(v, dict)} == {
