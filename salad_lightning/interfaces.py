@@ -86,11 +86,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, audio_NL: Tensor, lengths_N: Tensor) -> Stored:
-        """Run the heavy, frozen part.
+        """Run the heavy, frozen part, without reading a value back from the device.
 
         Args:
-            audio_NL: float audio in [-1, 1] at ``sample_rate_hz``, zero-padded.
-            lengths_N: Samples.
+            audio_NL: float audio in [-1, 1] at ``sample_rate_hz``, zero-padded, in training to the longest clip.
+            lengths_N: Samples. On the host only ``audio_NL.shape[1]`` is known.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ Not run as they stand:
 * ``make check`` is ``make lint``, which is run, and ``make test``.
 * ``hf download``: no network; that the command exists is not ours to test.
 * ``srun``, ``sbatch`` and ``torchrun``: one node of one process.
+* ``python -m benchmarks…``: with ``--help``, which checks the options; benchmarks have tests of their own.
 * ``pip install``: without dependencies, and into a folder of the test.
 * Kokoro's voices are in the tests of its package, a new connector and the module of the subclassing guide in
   ``test_documents.py``.
@@ -348,7 +349,14 @@ def hf(words):
     return words[1] != "download"
 
 
-KNOWN = {"salad-lightning": salad_lightning, "torchrun": torchrun, "make": make, "pip": pip, "hf": hf}
+def python(words):
+    """Measuring takes its time, and a GPU: here only the options must be right. Benchmarks have tests of their own."""
+    command = [sys.executable, *words[1:], "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.stderr[-3000:] if done.returncode else 0
+
+
+KNOWN = {"salad-lightning": salad_lightning, "torchrun": torchrun, "make": make, "pip": pip, "hf": hf, "python": python}
 
 
 @pytest.mark.skipif("SALAD_TEST_DEMO" not in os.environ, reason="a quarter of an hour: SALAD_TEST_DEMO=1 runs it")
