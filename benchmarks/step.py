@@ -31,7 +31,7 @@ from salad_lightning.connectors.causal_transformer import CausalTransformerConne
 from salad_lightning.data.packing import collate, pack
 from salad_lightning.data.segments import Document, SpeechSpan
 from salad_lightning.encoders.log_mel import LogMelEncoder
-from salad_lightning.model.execution import Execution, prepare_blocks
+from salad_lightning.model.execution import Execution, prepare_blocks, prepare_process
 from salad_lightning.model.llm import LanguageModel, build_language_model
 from salad_lightning.model.speech_llm import SpeechLLM, predict_transcripts
 from salad_lightning.objectives.forward_kl import ForwardKLObjective
@@ -154,12 +154,13 @@ def measure_steps(args: argparse.Namespace, kind: str, batches: list[SpeechBatch
     model, teacher = build(args, attention)
     # Both alike: the ratio is not to credit us with what torch.compile does for anybody.
     execution = Execution(args.checkpointing, args.compile, attention)
+    prepare_process(torch.device(args.device), execution)
     prepare_blocks(model.llm.blocks, execution)
     prepare_blocks(teacher.blocks, execution, trained=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=args.device == "cuda")
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds = [], []
+    losses, seconds, graphs = [], [], [num_graphs()]
     for batch in batches:
         on_device = batch.to(args.device)
         synchronize(args.device)
@@ -173,10 +174,15 @@ def measure_steps(args: argparse.Namespace, kind: str, batches: list[SpeechBatch
         synchronize(args.device)
         seconds.append(time.perf_counter() - began)
         losses.append(float(loss.detach()))
-    timed, work = seconds[args.warmup :], [Work.of(batch) for batch in batches[args.warmup :]]
+        graphs.append(num_graphs())
+    # A step in which something was compiled tells nothing of the others.
+    steps = [at for at in range(args.warmup, len(batches)) if graphs[at] == graphs[at + 1]]
+    timed, work = [seconds[at] for at in steps], [Work.of(batches[at]) for at in steps]
+    if not timed:
+        return {"failed": "something was compiled in every step: take more of them"}
     # The rows of a batch differ: a median of rates, not the rate at the median time.
     rates = [part.positions / time for part, time in zip(work, timed, strict=True)]
-    row: dict[str, Any] = {"seconds": statistics.median(timed), "losses": losses}
+    row: dict[str, Any] = {"seconds": statistics.median(timed), "steps": len(timed), "losses": losses}
     row |= {"seconds_least": min(timed), "seconds_most": max(timed)}
     row["positions_per_second"] = statistics.median(rates)
     if args.device == "cuda":
@@ -199,6 +205,11 @@ def flops(model: SpeechLLM, work: Work) -> float:
     return llms + speech_flops(
         encoder_parameters=0, frames=0, connector_parameters=connector, positions=work.speech_positions
     )
+
+
+def num_graphs() -> int:
+    """How many torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def synchronize(device: str) -> None:

@@ -110,7 +110,7 @@ def collate(
         rows: Documents of each student row; fewer rows than ``rows_per_batch``, or none, leave the rest padding.
         context: Width S of a student row, and the most positions of a teacher row.
         rows_per_batch: B.
-        trim: Cut student rows after the longest one.
+        trim: Cut rows after the longest one.
         stream_state: Where the stream stands after this batch.
 
     Raises:
@@ -120,7 +120,7 @@ def collate(
     if len(rows) > rows_per_batch or max(lengths, default=0) > context:
         raise ValueError(f"{len(rows)} rows of {lengths} positions do not fit {rows_per_batch} × {context}")
     width = max(max(lengths, default=0), 1) if trim else context
-    layout = _Layout(rows_per_batch, width, context)
+    layout = _Layout(rows_per_batch, width, context, trim)
     for number, row in enumerate(rows):
         offset = number * width
         for document in row:
@@ -132,8 +132,8 @@ def collate(
 class _Layout:
     """A batch under construction, in numpy."""
 
-    def __init__(self, rows: int, width: int, teacher_width: int) -> None:
-        self.shape, self.teacher_width = (rows, width), teacher_width
+    def __init__(self, rows: int, width: int, teacher_width: int, trim: bool) -> None:
+        self.shape, self.teacher_width, self.trim = (rows, width), teacher_width, trim
         self.ids = np.zeros(rows * width, dtype=np.int64)
         self.positions = np.zeros(rows * width, dtype=np.int64)
         self.owners = np.full(rows * width, -1, dtype=np.int64)
@@ -173,7 +173,7 @@ class _Layout:
 
     def finish(self, num_positions: int, stream_state: dict[str, Any]) -> SpeechBatch:
         """All of it as tensors."""
-        teacher = _teacher_rows(self.documents, self.teacher_width)
+        teacher = _teacher_rows(self.documents, self.teacher_width, self.trim)
         encoded, *spans = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 8).T.contiguous()
         counts = [int(document.predicted.sum()) for document in self.documents]
         fresh = self.clips[False]
@@ -227,8 +227,10 @@ def pad(clips: list[NDArray[Any]], none: NDArray[Any] | None = None) -> tuple[Te
     return torch.from_numpy(none), torch.tensor(lengths, dtype=torch.int64)
 
 
-def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Plain transcripts in rows of their own: first fit, longest first; as many rows as needed, as narrow as they go.
+def _teacher_rows(documents: list[Document], context: int, trim: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Plain transcripts in rows of their own: first fit, longest first; as many rows as needed.
+
+    Their width is that of ``context``, for which a compiled model is compiled once, or with ``trim`` as narrow as goes.
 
     Returns:
         Ids, positions and documents ``[R, U]``, the predicting positions ``[M]`` in the order of ``documents``, and the
@@ -243,7 +245,7 @@ def _teacher_rows(documents: list[Document], context: int) -> tuple[Tensor, Tens
             used.append(0)
         places[number] = row, used[row]
         used[row] += length
-    shape = max(len(used), 1), max(max(used, default=0), 1)  # a model takes no empty row
+    shape = max(len(used), 1), max(max(used, default=0), 1) if trim else context  # a model takes no empty row
     ids, positions, owners = np.zeros((3, *shape), dtype=np.int64)
     owners -= 1
     predict_at, span_at = [], []

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from salad_lightning.errors import UserError
 
-__all__ = ["Execution", "prepare_blocks"]
+__all__ = ["Execution", "prepare_blocks", "prepare_process"]
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # Costly, and with small results.
@@ -26,6 +26,9 @@ _ATTENTIONS = frozenset(
         torch.ops.higher_order.flex_attention,
     }
 )
+
+
+_MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,24 @@ class Execution:
                 where="model.execution.attention",
                 cure="set it to sdpa",
             )
+
+
+def prepare_process(device: torch.device, execution: Execution) -> None:
+    """Settings of torch that hold for the whole process.
+
+    Args:
+        device: That models run on.
+        execution: How.
+    """
+    if device.type == "cuda":
+        # cuDNN's attention makes a plan for every new shape, and spans and transcripts bring new ones with each batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if execution.compile or execution.attention == "flex":
+        import torch._dynamo as dynamo
+
+        # Training, validation, student, teacher, numbers of teacher rows: beyond the limit FlexAttention would go on
+        # with all scores in memory, and blocks uncompiled, without a word.
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
 
 
 def prepare_blocks(blocks: Iterable[nn.Module], execution: Execution, *, trained: bool = True) -> None:

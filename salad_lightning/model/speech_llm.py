@@ -105,7 +105,8 @@ class SpeechLLM(nn.Module):
 
         Each clip is encoded once; spans are slices of its frames, and the connector sees one span at a time.
         """
-        with torch.no_grad():
+        # Not in autocast: `encode`, which runs the same encoder for shards, is not in it, and codes would differ.
+        with torch.no_grad(), torch.autocast(batch.input_ids_BS.device.type, enabled=False):
             frames_NTKD = self.encoder.embed(self._stored(batch)).frames
         offset_T = torch.arange(batch.max_span_frames, device=frames_NTKD.device)
         inside_KT = offset_T < batch.span_num_frames_K[:, None]

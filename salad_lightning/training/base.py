@@ -133,6 +133,13 @@ class TokenLossModule(LightningModule):
             self.work = Work.of(batch)
         return batch
 
+    def transfer_batch_to_device(self, batch: SpeechBatch, device: torch.device, dataloader_idx: int) -> SpeechBatch:
+        """To a GPU without waiting for it, from the page-locked memory that the loaders use.
+
+        Lightning's own transfer would wait at each of the batch's twenty tensors for all that was asked before.
+        """
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def flops(self, work: Work) -> float:
         """Operations that a training micro-batch needs on this process, for the MFU; 0 where they are not known."""
         return 0.0

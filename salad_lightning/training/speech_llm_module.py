@@ -16,7 +16,7 @@ from salad_lightning.errors import UserError
 from salad_lightning.evaluation.gap import measure
 from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Objective
 from salad_lightning.model.adapters import LoRA, adapters_off, add_adapters, nf4, quantization_kl
-from salad_lightning.model.execution import Execution, prepare_blocks
+from salad_lightning.model.execution import Execution, prepare_blocks, prepare_process
 from salad_lightning.model.llm import (
     LanguageModel,
     build_language_model,
@@ -141,6 +141,7 @@ class SpeechLLMModule(MeasuredModule):
         """See `TokenLossModule.setup`; also refuse what does not go together, before any weight is loaded."""
         super().setup(stage)
         self._execution.check(self.trainer.strategy.root_device)
+        prepare_process(self.trainer.strategy.root_device, self._execution)
         for key, value in (("lora", self._lora), ("quantize", self._quantize)):
             if value and self.device_mesh is not None:
                 raise UserError(

@@ -88,9 +88,9 @@ def test_more_combinations_than_dynamo_keeps_by_default_are_compiled():
     student = predict(300, 1000, 64, seed=0, trained=False)
     teacher = predict(300, 1000, 64, seed=1, trained=False)
     labels = torch.arange(300, device="cuda")
-    for number in range(1, 13):
+    for number in range(1, 10):
         projected_loss(student, labels, teacher, LossTerms(kl=1.0, temperature=1 + number / 8))
-    assert stats["unique_graphs"] == before + 12
+    assert stats["unique_graphs"] == before + 9
 
 
 @pytest.mark.parametrize("name", ["kl", "mixture", "jsd"])
