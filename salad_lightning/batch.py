@@ -182,9 +182,13 @@ class SpeechBatch:
         """Share of student positions that are padding, 0 to 1."""
         return 1.0 - self.num_positions / max(self.input_ids_BS.numel(), 1)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpeechBatch:
-        """A copy with every tensor on ``device``; Lightning calls this."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> SpeechBatch:
+        """A copy with every tensor on ``device``; Lightning calls this.
+
+        A GPU is not waited for: each of the twenty copies would wait for all that it was asked before.
+        """
+        on_gpu = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=on_gpu))
 
     def pin_memory(self) -> SpeechBatch:
         """A copy in page-locked memory; torch's DataLoader calls this."""

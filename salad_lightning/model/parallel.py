@@ -94,8 +94,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if not is_checkpoint_folder(path):
             return super().load_checkpoint(path, weights_only=weights_only)
         module: Any = self.lightning_module
-        frozen = module.frozen_names() if hasattr(module, "frozen_names") else set()
-        return load_into(path, module, list(self.optimizers), frozen=frozen, weights_only=bool(weights_only))
+        left_out = module.left_out() if hasattr(module, "left_out") else set()
+        return load_into(path, module, list(self.optimizers), frozen=left_out, weights_only=bool(weights_only))
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -147,9 +147,10 @@ class SpeechLLM(nn.Module):
         if batch.span_at_K.shape[0] == 0:
             # Collectives of a sharded connector hang unless every rank runs it: one silent span, which counts nothing.
             speech_KTD, _, losses = self.embed_speech(self.silence(batch))
-            unused = sum(losses.values(), speech_KTD.sum())
-            unused = unused if self.switch is None else unused + self.switch.sum()
-            return Spliced(text_BSD + (0.0 * unused).to(text_BSD.dtype), batch.position_ids_BS, owners_BS, {})
+            unused = speech_KTD.sum() if self.switch is None else speech_KTD.sum() + self.switch.sum()
+            # Losses by the same names as on other ranks, which add up what is logged.
+            nothing = {name: 0.0 * loss for name, loss in losses.items()}
+            return Spliced(text_BSD + (0.0 * unused).to(text_BSD.dtype), batch.position_ids_BS, owners_BS, nothing)
         speech_KTD, lengths_K, losses = self.embed_speech(batch)
         B, S, D = text_BSD.shape
         edge = 0 if self.switch is None else 1

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.corpus.workspace import write_aside
@@ -133,13 +134,6 @@ class TokenLossModule(LightningModule):
             self.work = Work.of(batch)
         return batch
 
-    def transfer_batch_to_device(self, batch: SpeechBatch, device: torch.device, dataloader_idx: int) -> SpeechBatch:
-        """To a GPU without waiting for it, from the page-locked memory that the loaders use.
-
-        Lightning's own transfer would wait at each of the batch's twenty tensors for all that was asked before.
-        """
-        return batch.to(device, non_blocking=device.type == "cuda")
-
     def flops(self, work: Work) -> float:
         """Operations that a training micro-batch needs on this process, for the MFU; 0 where they are not known."""
         return 0.0
@@ -206,8 +200,8 @@ class TokenLossModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out (they are found where they were loaded from) and note their names."""
-        frozen = self.frozen_names()
+        """Leave frozen weights out that are found where they were loaded from, and note their names."""
+        frozen = self.left_out()
         for name in list(checkpoint["state_dict"]):
             if _is_of(frozen, name):
                 del checkpoint["state_dict"][name]
@@ -242,8 +236,25 @@ class TokenLossModule(LightningModule):
         """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""
         return _frozen_names(self)
 
+    def left_out(self) -> set[str]:
+        """State-dict names that checkpoints leave out: frozen weights that a new module of these settings has too."""
+        return self.frozen_names()
+
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock.
+
+        Raises:
+            UserError: If the strategy expects the module to spread its weights and it does not: every process would
+                train a model of its own.
+        """
+        if self.device_mesh is not None and any(
+            p.requires_grad and not isinstance(p, DTensor) for p in self.parameters()
+        ):
+            raise UserError(
+                f"{type(self).__name__} does not spread its weights over processes",
+                where="trainer.strategy",
+                cure="set it to auto (one device) or ddp",
+            )
         self._started = time.perf_counter()
 
     def on_fit_end(self) -> None:

@@ -45,8 +45,11 @@ class ConnectorWarmupModule(SpeechLLMModule):
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
         """Summed CTC loss; the count is that of transcript tokens."""
         if batch.span_at_K.shape[0] == 0:  # nothing to hear, but all ranks must run the connector
-            silent = self.model.embed_speech(self.model.silence(batch)).embeddings.sum() * 0.0
-            return ObjectiveOutput(silent, batch.span_at_K.sum(), {"ctc": silent.detach()})
+            silence = self.model.embed_speech(self.model.silence(batch))
+            silent = sum(silence.losses.values(), silence.embeddings.sum()) * 0.0
+            return ObjectiveOutput(
+                silent, batch.span_at_K.sum(), dict.fromkeys(("ctc", *silence.losses), silent.detach())
+            )
         speech_KTD, lengths_K, losses = self.model.embed_speech(batch)
         offset = torch.arange(batch.max_span_frames, device=speech_KTD.device)
         inside_KT = offset < batch.span_num_tokens_K[:, None]  # CTC cannot spell more tokens than there are frames
@@ -68,7 +71,7 @@ class ConnectorWarmupModule(SpeechLLMModule):
     def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the validation loss."""
         output = self.compute_loss(batch)
-        self.log("val/ctc", output.sum / output.count, batch_size=len(batch.documents), sync_dist=True)
+        self.log("val/ctc", output.sum / output.count.clamp(min=1), batch_size=len(batch.documents), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Nothing is gathered."""

@@ -135,6 +135,7 @@ class SpeechLLMModule(MeasuredModule):
         self._teacher: tuple[LanguageModel] | None = None
         self._gap: dict[str, Tensor] = {}  # sums and counts of this optimizer step
         self._probe_kl: float | None = None
+        self._taken: set[str] = set()  # names of the weights that came from init_from
         self._counted: dict[str, Any] = {}  # what flops() needs of the model, once it is there
 
     def setup(self, stage: str) -> None:
@@ -185,18 +186,22 @@ class SpeechLLMModule(MeasuredModule):
 
     def _load_llm(self, place: Placement, attached: bool) -> LanguageModel:
         vocab_size, settings = len(self._tokenizer), self._execution
-        again = dataclasses.replace(settings, compile=False)  # load_placed leaves checkpointing of frozen blocks out
+        frozen = "llm.*" in self._freeze  # and so in the compute dtype
+        if self._lora is None and not frozen:
+            return load_placed(self._llm_path, vocab_size, place, settings, trained=True)
+        # Gradients flow through what is frozen, so its blocks are prepared here: `load_placed` would not checkpoint
+        # them, and what is compiled must hold the checkpointing, not the other way round.
+        later = Execution(attention=settings.attention)
         if self._lora is None:
-            frozen = "llm.*" in self._freeze  # and so in the compute dtype
-            llm = load_placed(self._llm_path, vocab_size, place, settings, trained=not frozen)
-            prepare_blocks(llm.blocks if frozen else [], again)
+            llm = load_placed(self._llm_path, vocab_size, place, later, trained=False)
+            prepare_blocks(llm.blocks, settings)
             return llm
         quantization = nf4(place.dtype) if self._quantize and attached else None
-        llm = load_placed(self._llm_path, vocab_size, place, settings, trained=not attached, quantization=quantization)
+        llm = load_placed(self._llm_path, vocab_size, place, later, trained=not attached, quantization=quantization)
         if quantization is not None:
             self._report_quantization(llm, place)
         add_adapters(llm, self._lora)
-        prepare_blocks(llm.blocks, again)
+        prepare_blocks(llm.blocks, settings)
         return llm
 
     def _assemble(self, llm: LanguageModel) -> SpeechLLM:
@@ -356,8 +361,14 @@ class SpeechLLMModule(MeasuredModule):
         # This module as it will be: the names of its weights begin with those of its attributes.
         check_outline(nn.ModuleDict({"model": self._assemble(llm), "objective": self.objective}), checkpoint, path)
 
+    def left_out(self) -> set[str]:
+        """Frozen weights of LLM and encoder, unless they came from ``init_from``, which may be gone one day."""
+        own = ("model.llm.", "model.encoder.")
+        return {name for name in self.frozen_names() if name.startswith(own)} - self._taken
+
     def _take_weights(self, path: str) -> None:
         checkpoint = load_checkpoint(path, weights_only=True)
+        self._taken = set(checkpoint["state_dict"])
         if self._trainer is None or self.device_mesh is None:
             self.load_state_dict(checkpoint["state_dict"], strict=False)
         else:

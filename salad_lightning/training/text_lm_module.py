@@ -97,7 +97,8 @@ class TextLMModule(TokenLossModule):
     def validation_step(self, batch: SpeechBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Mean NLL per token."""
         output = self.compute_loss(batch)
-        self.log("val/nll", output.sum / output.count.clamp(min=1), batch_size=max(batch.num_predicted, 1))
+        value, weight = output.sum / output.count.clamp(min=1), max(batch.num_predicted, 1)
+        self.log("val/nll", value, batch_size=weight, sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         """Forget earlier items."""

@@ -6,10 +6,12 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +19,7 @@ from salad_lightning.cli import main
 from salad_lightning.commands import lightning
 from salad_lightning.testing.runs import TinyRun
 from salad_lightning.testing.tiny_encoders import save_tiny_hubert
+from salad_lightning.training.from_checkpoint import trained_module
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 from salad_lightning.training.text_lm_module import TextLMModule
 
@@ -258,6 +261,24 @@ def test_init_from_takes_weights_and_nothing_else(world, trained):
     assert_same_weights(weights(checkpoint), weights(trained.checkpoint("pre_decay.ckpt")))
 
 
+@pytest.mark.parametrize("pattern", ["llm.*", "connector.*"])
+def test_frozen_weights_from_another_run_are_in_the_checkpoint(world, trained, pattern):
+    """They are not where the LLM and the encoder were loaded from, and that run may be gone one day."""
+    source = trained.folder / "checkpoints" / "pre_decay.ckpt"
+    own = world.folder / f"source-{len(pattern)}.ckpt"
+    shutil.copy(source, own)
+    options = [f"--model.init_from={own}", f"--model.freeze=['{pattern}']", "--trainer.max_steps=1", *EVERY_STEP]
+    run = world.run("fit", f"frozen-second{len(pattern)}", *options)
+    own.unlink()
+    expected = weights(torch.load(source, weights_only=True))
+    path = str(run.folder / "checkpoints" / "last.ckpt")
+    found = {f"model.{name}": value for name, value in trained_module(path).module.model.state_dict().items()}
+    kept = [name for name in expected if name.startswith(f"model.{pattern[:-1]}")]
+    assert kept
+    for name in kept:
+        assert torch.equal(found[name], expected[name]), name
+
+
 @pytest.mark.parametrize("option", ["--model.init_from", "--ckpt_path"])
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -341,6 +362,26 @@ def test_text_model_trains_and_is_exported(world):
         main(world.arguments("fit", "from-export", "--trainer.max_steps=1", f"--model.llm={world.folder / 'exported'}"))
         == 0
     )
+
+
+def test_text_model_refuses_to_be_spread(world, tmp_path, capsys):
+    """Every process would train a model of its own."""
+    content = {
+        "model": {
+            "class_path": "TextLMModule",
+            "init_args": {"llm": f"{world.folder}/llm", "objective": "NLLObjective"},
+        },
+        "trainer": {"strategy": {"class_path": "salad_lightning.model.parallel.FullyShardedStrategy"}},
+    }
+    overlay = tmp_path / "text.yaml"
+    overlay.write_text(yaml.safe_dump(content))
+    settings = yaml.safe_load(world.config.read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "model"}))
+    run = [f"--config={tmp_path}/run.yaml", f"--config={overlay}", f"--trainer.default_root_dir={tmp_path}/out"]
+    assert main(["fit", *run]) == 2
+    message = capsys.readouterr().err
+    assert "TextLMModule does not spread its weights" in message
+    assert "trainer.strategy" in message
 
 
 def test_text_model_refuses_a_teacher(world, capsys):

@@ -26,6 +26,7 @@ from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
 pytestmark = pytest.mark.slow
 STEPS = 3
+FIGURES = ("loss", "nll", "kl", "own")
 
 
 class Recorder(torch.optim.SGD):
@@ -44,12 +45,20 @@ class Recorder(torch.optim.SGD):
         return loss
 
 
-def build(world, **options):
+class LosingConnector(MLPConnector):
+    """With a loss of its own, one a span."""
+
+    def forward(self, frames_NTD, lengths_N, *, num_words_N=None):
+        output = super().forward(frames_NTD, lengths_N, num_words_N=num_words_N)
+        return output._replace(losses={"own": 0.01 * output.embeddings[:, 0].square().sum()})
+
+
+def build(world, connector=MLPConnector, **options):
     seed_everything(0, verbose=False)
     return SpeechLLMModule(
         llm=str(world.folder / "llm"),
         encoder=LogMelEncoder(),
-        connector=lambda *, encoder_dim, llm_dim: MLPConnector(encoder_dim=encoder_dim, llm_dim=llm_dim, stack=8),
+        connector=lambda *, encoder_dim, llm_dim: connector(encoder_dim=encoder_dim, llm_dim=llm_dim, stack=8),
         objective=MixtureObjective(alpha=0.5),  # plain KL is 0 on text as long as the LLM is the teacher's equal
         context=128,
         connector_lr=0.05,
@@ -115,7 +124,9 @@ def train(world, rows, name, *, rows_per_batch=4, steps=STEPS, module=None, **op
     )
     trainer.fit(module, Batches(rows, rows_per_batch))
     run = TinyRun(folder)
-    return trainer.optimizers[0].seen, {name: run.column(f"train/{name}") for name in ("loss", "nll", "kl")}
+    logged = {name for row in run.metrics() for name in row}
+    names = [name for name in FIGURES if f"train/{name}" in logged]
+    return trainer.optimizers[0].seen, {name: run.column(f"train/{name}") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +192,10 @@ def main_of_rank(folder, name):
     torch.set_num_threads(1)
     with open(f"{folder}/rows.pickle", "rb") as file:
         rows = pickle.load(file)
-    strategy = "ddp" if name == "ddp" else FullyShardedStrategy()
-    gradients, _ = train(TinyWorld(Path(folder)), rows, name, rows_per_batch=2, devices=2, strategy=strategy)
+    strategy = "ddp" if name.startswith("ddp") else FullyShardedStrategy()
+    world = TinyWorld(Path(folder))
+    module = build(world, LosingConnector) if name.endswith("-losing") else None
+    gradients, _ = train(world, rows, name, module=module, rows_per_batch=2, devices=2, strategy=strategy)
     full = [[g.full_tensor() if hasattr(g, "full_tensor") else g for g in step] for step in gradients]
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(full, f"{folder}/{name}.pt")
@@ -197,6 +210,19 @@ def test_two_processes_take_the_same_steps_as_one(world, rows, reference, name):
     for figure in ("loss", "nll", "kl"):
         assert logged.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
     assert_same_gradients(torch.load(world.folder / f"{name}.pt"), reference[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp-losing", "sharded-losing"])
+def test_a_connector_with_a_loss_of_its_own(world, rows, name):
+    """What it loses is logged and added up by all, though rank 1 hears nothing."""
+    gradients, logged = train(world, rows, f"{name}-alone", module=build(world, LosingConnector))
+    assert min(logged["own"]) > 0
+    (world.folder / "rows.pickle").write_bytes(pickle.dumps(rows))
+    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), name))
+    together = TinyRun(world.folder / name)
+    for figure, values in logged.items():
+        assert together.column(f"train/{figure}") == pytest.approx(values, rel=1e-5), figure
+    assert_same_gradients(torch.load(world.folder / f"{name}.pt"), gradients, rel=1e-4)
 
 
 def test_a_fully_sharded_run_validates_stops_and_goes_on(world):
