@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from transformers.utils.hub import cached_file
 from salad_lightning.errors import UserError
 from salad_lightning.model.llm import LanguageModel, build_language_model, load_config
 
-__all__ = ["meta_parameters", "stream_language_model"]
+__all__ = ["meta_parameters", "stream_language_model", "weights_mark"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PIECES, _PIECE = 64, 4096  # of a file that is to be told from others, and bytes of each
 
 
 def stream_language_model(
@@ -104,6 +106,31 @@ def _fill(module: nn.Module, names: dict[int, list[str]], weights: _Weights, dty
             owner._parameters[key] = filled[id(empty)]
 
 
+def weights_mark(path: str) -> str:
+    """A name for the weights of a model: models of one shape, such as a base model and its chat version, have others.
+
+    Made of 64 pieces of every file, so that it takes no time; a model that is saved anew in other files has another.
+
+    Args:
+        path: Folder or hub name.
+
+    Returns:
+        16 hexadecimal digits, or nothing where there are no safetensors.
+    """
+    weights = _Weights.find(path)
+    if weights is None:
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(set(weights.files), key=lambda file: Path(file).name):
+        last = max(Path(file).stat().st_size - _PIECE, 0)
+        digest.update(str(last).encode())
+        with open(file, "rb") as content:
+            for number in range(_PIECES):
+                content.seek(last * number // (_PIECES - 1))
+                digest.update(content.read(_PIECE))
+    return digest.hexdigest()[:16]
+
+
 class _Weights:
     """Tensors by name, each read from its file when it is asked for."""
 
@@ -122,6 +149,11 @@ class _Weights:
         held = json.loads(Path(index).read_text())["weight_map"]
         files = {name: _cached(path, name) for name in set(held.values())}
         return cls(path, {name: str(files[file]) for name, file in held.items()})
+
+    @property
+    def files(self) -> Collection[str]:
+        """Where they are."""
+        return self._files.values()
 
     def name_of(self, aliases: list[str]) -> str | None:
         """Under which of its names a parameter is stored."""

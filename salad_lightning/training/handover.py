@@ -26,7 +26,13 @@ _LLM_KEYS = (
 
 
 def describe_parts(
-    *, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, encoder: str, connector: object, switch: bool
+    *,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: str,
+    connector: object,
+    switch: bool,
+    llm_weights: str,
 ) -> dict[str, str]:
     """What two stages must have in common, as plain text to be kept in a checkpoint.
 
@@ -36,12 +42,14 @@ def describe_parts(
         encoder: `Encoder.identity`.
         connector: The connector.
         switch: Whether there are switch embeddings.
+        llm_weights: `weights_mark` of the LLM.
     """
     text = config.get_text_config()
     llm = {key: getattr(text, key, None) for key in _LLM_KEYS}
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
     return {
         "llm": json.dumps(llm),
+        "llm_weights": llm_weights,
         "tokenizer": f"{len(tokenizer)} tokens, {hashlib.sha256(vocabulary).hexdigest()[:16]}",
         "encoder": encoder,
         "connector": type(connector).__name__,
@@ -60,7 +68,12 @@ def check_handover(checkpoint: Mapping[str, Any], ours: Mapping[str, str], where
     Raises:
         UserError: With every difference.
     """
-    theirs = checkpoint.get("salad_lightning", {}).get("parts", {})
+    notes = checkpoint.get("salad_lightning", {})
+    theirs = dict(notes.get("parts", {}))
+    # A checkpoint that has all of the LLM does not care which one it began with.
+    builds_on_llm = any(name.startswith("model.llm.") for name in notes.get("frozen", ()))
+    if not (builds_on_llm and theirs.get("llm_weights") and ours["llm_weights"]):
+        theirs.pop("llm_weights", None)
     different = [
         f"{name}: {theirs[name]} there, {ours[name]} here"
         for name in ours

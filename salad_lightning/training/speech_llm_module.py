@@ -34,7 +34,7 @@ from salad_lightning.model.parallel import (
 )
 from salad_lightning.model.placement import Placement, load_placed
 from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
-from salad_lightning.model.streaming import meta_parameters
+from salad_lightning.model.streaming import meta_parameters, weights_mark
 from salad_lightning.training.base import (
     check_outline,
     default_optimizer,
@@ -136,6 +136,7 @@ class SpeechLLMModule(MeasuredModule):
         self._gap: dict[str, Tensor] = {}  # sums and counts of this optimizer step
         self._probe_kl: float | None = None
         self._taken: set[str] = set()  # names of the weights that came from init_from
+        self._llm_mark = weights_mark(llm)
         self._counted: dict[str, Any] = {}  # what flops() needs of the model, once it is there
 
     def setup(self, stage: str) -> None:
@@ -342,6 +343,7 @@ class SpeechLLMModule(MeasuredModule):
             encoder=self.sequence_spec().encoder,
             connector=self._parts[1],
             switch=self._switch,
+            llm_weights=self._llm_mark,
         )
 
     def check_checkpoint(self, path: str) -> None:

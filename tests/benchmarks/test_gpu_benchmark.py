@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,14 +39,26 @@ def test_parts_report_and_are_named_where_time_is_over(tmp_path):
     assert "| frozen | 64 | ours | " in report
     assert "| plain | " in report
     assert report.count("exit code 0") == 2
-    late = run("--mini", "--minutes", "0", "--parts", "tests", "--output", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.md", "projection.log", "step-0.5B.log"]
+    late = run("--mini", "--minutes", "0", "--parts", "step-3B", "--output", str(tmp_path))
     assert late.returncode == 1
-    assert "## tests\nnot begun: the time was over" in (tmp_path / "gpu.md").read_text()
+    assert "## step-3B\nnot begun: the time was over" in (tmp_path / "gpu.md").read_text()
 
 
-def test_what_is_cut_off_keeps_what_it_printed(tmp_path):
-    command = [sys.executable, "-c", "import time; print('half', flush=True); time.sleep(60)"]
-    text, went_well = gpu.run_part("endless", command, tmp_path, seconds=3)
+def test_what_the_environment_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda _: ["numpy>=1", "numpy>=99", "no-such-thing>=1", "x; extra == 'dev'"]
+    )
+    assert [entry.split(" (")[0] for entry in gpu.missing()] == ["numpy>=99", "no-such-thing>=1"]
+
+
+def test_what_is_cut_off_keeps_what_it_printed_and_leaves_nothing_running(tmp_path):
+    inner = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', '{inner}']); " \
+           "print('half', p.pid, flush=True); p.wait()"  # fmt: skip
+    text, went_well = gpu.run_part("endless", [sys.executable, "-c", code], tmp_path, seconds=3)
     assert not went_well
+    started = Path("/proc", re.search(r"half (\d+)", text)[1], "stat")
+    assert not started.exists() or started.read_text().split()[2] == "Z"
     assert "cut off: the time was over" in text
     assert "half" in text

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from salad_lightning.cli import main
@@ -162,6 +165,20 @@ def test_a_checkpoint_of_another_llm_is_refused_before_any_weight_is_loaded(worl
         message = capsys.readouterr().err
         assert "trained with other parts" in message
         assert '"num_hidden_layers": 2' in message
+
+
+def test_an_llm_of_the_same_shape_and_other_weights_is_refused(world, lora, capsys):
+    """Of the LLM the checkpoint has the updates alone."""
+    other = shutil.copytree(world.folder / "llm", world.folder / "chat-llm")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    last = lora.folder / "checkpoints" / "final.ckpt"
+    for option in (f"--ckpt_path={last}", f"--model.init_from={last}"):
+        config = overlay(world, "chat", {"llm": str(other), "lora": {"rank": 4}})
+        assert main(world.arguments("fit", "chat", config, option)) == 2
+        message = capsys.readouterr().err
+        assert "trained with other parts" in message
+        assert "llm_weights" in message
 
 
 def test_activation_checkpointing_changes_no_loss(world):
