@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Load each process's part; of a folder, only what is stored: frozen weights are not."""
         path = Path(self.broadcast(checkpoint_path))
         if not is_checkpoint_folder(path):
+            _check_optimizer_of(path)
             return super().load_checkpoint(path, weights_only=weights_only)
         module: Any = self.lightning_module
         left_out = module.left_out() if hasattr(module, "left_out") else set()
         return load_into(path, module, list(self.optimizers), frozen=left_out, weights_only=bool(weights_only))
+
+
+def _check_optimizer_of(path: Path) -> None:
+    """Refuse a file of a run that was not sharded: its optimizer state is in another order, and would go elsewhere."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return  # whoever reads it next says why not
+    groups = [group for state in content.get("optimizer_states", []) for group in state["param_groups"]]
+    sharded = content.get("salad_lightning", {}).get("sharded", False)
+    if groups and not (sharded and all("params" in group for group in groups)):
+        raise UserError(
+            "the checkpoint is of a run that was not sharded, or by consolidate: FSDP2 cannot go on from it",
+            where=str(path),
+            cure="go on with that run's trainer.strategy, or start from its weights: model.init_from",
+        )
 
 
 def compute_dtype(precision: str) -> torch.dtype:

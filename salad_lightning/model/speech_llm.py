@@ -106,8 +106,11 @@ class SpeechLLM(nn.Module):
         Each clip is encoded once; spans are slices of its frames, and the connector sees one span at a time.
         """
         # Not in autocast: `encode`, which runs the same encoder for shards, is not in it, and codes would differ.
-        with torch.no_grad(), torch.autocast(batch.input_ids_BS.device.type, enabled=False):
+        device = batch.input_ids_BS.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             frames_NTKD = self.encoder.embed(self._stored(batch)).frames
+        if torch.is_autocast_enabled(device):  # the connector's weights, sharded, are in this dtype
+            frames_NTKD = frames_NTKD.to(torch.get_autocast_dtype(device))
         offset_T = torch.arange(batch.max_span_frames, device=frames_NTKD.device)
         inside_KT = offset_T < batch.span_num_frames_K[:, None]
         index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)

@@ -205,7 +205,8 @@ class TokenLossModule(LightningModule):
         for name in list(checkpoint["state_dict"]):
             if _is_of(frozen, name):
                 del checkpoint["state_dict"][name]
-        checkpoint["salad_lightning"] = {"frozen": sorted(frozen), "seen": dict(self.seen)}
+        notes = {"frozen": sorted(frozen), "seen": dict(self.seen), "sharded": self.device_mesh is not None}
+        checkpoint["salad_lightning"] = notes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that nothing but frozen weights is missing.
@@ -213,6 +214,14 @@ class TokenLossModule(LightningModule):
         Raises:
             UserError: If the checkpoint is of another model.
         """
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+        goes_on = self._trainer is not None and self.trainer.training
+        if goes_on and not all("params" in group for group in groups):
+            raise UserError(
+                "the checkpoint is of a sharded run, which goes on under FullyShardedStrategy alone",
+                where=str(self.trainer.ckpt_path),
+                cure="set trainer.strategy as it was in that run, or start from its weights: model.init_from",
+            )
         self.seen = dict(checkpoint.get("salad_lightning", {}).get("seen", self.seen))
         if "state_dict" in checkpoint:
             self.check_weights(checkpoint, "the checkpoint")

@@ -85,6 +85,23 @@ def test_export_reads_the_folder(world, stage1, tmp_path):
     assert (tmp_path / "out" / "speech.safetensors").exists()
 
 
+def test_going_on_under_another_strategy_is_refused(world, stage1, tmp_path, capsys):
+    """Without a traceback, and by what helps: optimizer state is kept in other forms."""
+    folder, whole, single = stage1 / "pre_decay.ckpt", tmp_path / "whole.ckpt", world.folder / "single" / "checkpoints"
+    assert main(["consolidate", str(folder), str(whole)]) == 0
+    assert fit(world, "single", trainer={"max_steps": 2, "callbacks": [{"class_path": "FinalCheckpoint"}]}) == 0
+    for checkpoint, strategy in ((folder, "auto"), (whole, "auto"), (whole, SHARDED), (single / "final.ckpt", SHARDED)):
+        capsys.readouterr()
+        arguments = {"strategy": strategy, "max_steps": 8}
+        overlay = tmp_path / "overlay.yaml"
+        overlay.write_text(yaml.safe_dump({"trainer": arguments}))
+        options = [f"--config={overlay}", f"--ckpt_path={checkpoint}"]
+        assert main(world.arguments("fit", "refused", *options)) == 2
+        message = capsys.readouterr().err
+        assert str(checkpoint) in message
+        assert "model.init_from" in message, message
+
+
 def test_another_connector_is_refused(world, stage1, capsys):
     model = {
         "connector": {"class_path": "MLPConnector", "init_args": {"stack": 4}},
