@@ -93,7 +93,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Load each process's part; of a folder, only what is stored: frozen weights are not."""
         path = Path(self.broadcast(checkpoint_path))
         if not is_checkpoint_folder(path):
-            _check_optimizer_of(path)
+            if self.optimizers:  # a run that goes on, not one that measures
+                _check_optimizer_of(path)
             return super().load_checkpoint(path, weights_only=weights_only)
         module: Any = self.lightning_module
         left_out = module.left_out() if hasattr(module, "left_out") else set()

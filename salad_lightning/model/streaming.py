@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,11 @@ def weights_mark(path: str) -> str:
     Returns:
         16 hexadecimal digits, or nothing where there are no safetensors.
     """
-    weights = _Weights.find(path)
-    if weights is None:
+    files = _files(path)
+    if not files:
         return ""
     digest = hashlib.sha256()
-    for file in sorted(set(weights.files), key=lambda file: Path(file).name):
+    for _, file in sorted(files.items()):
         last = max(Path(file).stat().st_size - _PIECE, 0)
         digest.update(str(last).encode())
         with open(file, "rb") as content:
@@ -140,20 +140,11 @@ class _Weights:
     @classmethod
     def find(cls, path: str) -> _Weights | None:
         """The files of a folder or hub name; None where there are no safetensors."""
-        if single := _cached(path, _SINGLE):
-            with safe_open(single, "pt") as file:
-                return cls(path, dict.fromkeys(file.keys(), single))
-        index = _cached(path, _INDEX)
-        if index is None:
-            return None
-        held = json.loads(Path(index).read_text())["weight_map"]
-        files = {name: _cached(path, name) for name in set(held.values())}
-        return cls(path, {name: str(files[file]) for name, file in held.items()})
-
-    @property
-    def files(self) -> Collection[str]:
-        """Where they are."""
-        return self._files.values()
+        files = _files(path)
+        if _SINGLE in files:
+            with safe_open(files[_SINGLE], "pt") as file:
+                return cls(path, dict.fromkeys(file.keys(), files[_SINGLE]))
+        return cls(path, {name: files[held] for name, held in _index(path).items()}) if files else None
 
     def name_of(self, aliases: list[str]) -> str | None:
         """Under which of its names a parameter is stored."""
@@ -171,6 +162,19 @@ class _Weights:
                 cure="copy the model's folder again: weights and config.json are of different models",
             )
         return tensor
+
+
+def _files(path: str) -> dict[str, str]:
+    """Where the safetensors of a folder or hub name are, by their names; none where there are none."""
+    names = {_SINGLE} if _cached(path, _SINGLE) else set(_index(path).values())
+    return {name: str(_cached(path, name)) for name in names}
+
+
+def _index(path: str) -> dict[str, str]:
+    """Which file holds which tensor, where several do."""
+    index = _cached(path, _INDEX)
+    held: dict[str, str] = {} if index is None else json.loads(Path(index).read_text())["weight_map"]
+    return held
 
 
 def _cached(path: str, name: str) -> str | None:

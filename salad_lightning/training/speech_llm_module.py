@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import torch
@@ -136,7 +137,6 @@ class SpeechLLMModule(MeasuredModule):
         self._gap: dict[str, Tensor] = {}  # sums and counts of this optimizer step
         self._probe_kl: float | None = None
         self._taken: set[str] = set()  # names of the weights that came from init_from
-        self._llm_mark = weights_mark(llm)
         self._counted: dict[str, Any] = {}  # what flops() needs of the model, once it is there
 
     def setup(self, stage: str) -> None:
@@ -362,6 +362,10 @@ class SpeechLLMModule(MeasuredModule):
             add_adapters(llm, self._lora)
         # This module as it will be: the names of its weights begin with those of its attributes.
         check_outline(nn.ModuleDict({"model": self._assemble(llm), "objective": self.objective}), checkpoint, path)
+
+    @functools.cached_property
+    def _llm_mark(self) -> str:
+        return weights_mark(self._llm_path)
 
     def left_out(self) -> set[str]:
         """Frozen weights of LLM and encoder, unless they came from ``init_from``, which may be gone one day."""

@@ -22,6 +22,12 @@ from salad_lightning.testing.tiny_encoders import (
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
+class OfTransformers(EncoderContract):
+    """Inside, Mimi's looks whether positions begin anew within a row, the others whether all clips are equally long."""
+
+    device_reads = 1
+
+
 class TestLogMel(EncoderContract):
     def make_encoder(self):
         return LogMelEncoder()
@@ -42,18 +48,12 @@ class TestCausalConv25Hz(EncoderContract):
         return CausalConvEncoder(save_tiny_causal_conv(self.folder, strides=(4, 1), kernel_size=4, num_blocks=3))
 
 
-class TestMimiLatents(EncoderContract):
-    # One in transformers, which looks whether positions begin anew within a row.
-    device_reads = 1
-
+class TestMimiLatents(OfTransformers):
     def make_encoder(self):
         return MimiEncoder(save_tiny_mimi(self.folder), num_quantizers=3)
 
 
-class TestMimiCodes(EncoderContract):
-    # One in transformers, which looks whether positions begin anew within a row.
-    device_reads = 1
-
+class TestMimiCodes(OfTransformers):
     def make_encoder(self):
         return MimiEncoder(save_tiny_mimi(self.folder), input="codes", num_quantizers=4)
 
@@ -68,34 +68,22 @@ class TestWhisperAll(EncoderContract):
         return WhisperEncoder(save_tiny_whisper(self.folder, num_mel_bins=128), layers="all")
 
 
-class TestWav2Vec2GroupNorm(EncoderContract):
-    # One in transformers, which looks whether all clips are equally long.
-    device_reads = 1
-
+class TestWav2Vec2GroupNorm(OfTransformers):
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_wav2vec2(self.folder, norm="group"))
 
 
-class TestWav2Vec2LayerNorm(EncoderContract):
-    # One in transformers, which looks whether all clips are equally long.
-    device_reads = 1
-
+class TestWav2Vec2LayerNorm(OfTransformers):
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_wav2vec2(self.folder, norm="layer"))
 
 
-class TestHubertGroupNorm(EncoderContract):
-    # One in transformers, which looks whether all clips are equally long.
-    device_reads = 1
-
+class TestHubertGroupNorm(OfTransformers):
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_hubert(self.folder, norm="group"))
 
 
-class TestHubertBatchNorm(EncoderContract):
-    # One in transformers, which looks whether all clips are equally long.
-    device_reads = 1
-
+class TestHubertBatchNorm(OfTransformers):
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_hubert(self.folder, norm="layer", conv_pos_batch_norm=True))
 

@@ -156,29 +156,24 @@ def test_refused_at_start_before_any_weight_is_loaded(world, capsys, model, trai
     assert [word for word in words if word not in message] == [], message
 
 
-def test_a_checkpoint_of_another_llm_is_refused_before_any_weight_is_loaded(world, lora, capsys):
-    other = save_tiny_llm(world.folder / "other-llm", config=small_qwen2(32, 3), weights=False)
+@pytest.mark.parametrize(("other", "words"), [("layers", '"num_hidden_layers": 2'), ("weights", "llm_weights")])
+def test_a_checkpoint_of_another_llm_is_refused_before_any_weight_is_loaded(world, lora, capsys, other, words):
+    """Of the LLM it has the updates alone, so one of the same shape and other weights will not do either."""
+    folder = world.folder / f"other-{other}"
+    if other == "layers":
+        save_tiny_llm(folder, config=small_qwen2(32, 3), weights=False)
+    else:
+        shutil.copytree(world.folder / "llm", folder)
+        weights = load_file(folder / "model.safetensors")
+        moved = {name: value + 0.01 for name, value in weights.items()}
+        save_file(moved, folder / "model.safetensors", {"format": "pt"})
     last = lora.folder / "checkpoints" / "final.ckpt"
     for option in (f"--ckpt_path={last}", f"--model.init_from={last}"):
-        config = overlay(world, "other", {"llm": str(other), "lora": {"rank": 4}})
+        config = overlay(world, "other", {"llm": str(folder), "lora": {"rank": 4}})
         assert main(world.arguments("fit", "other", config, option)) == 2
         message = capsys.readouterr().err
         assert "trained with other parts" in message
-        assert '"num_hidden_layers": 2' in message
-
-
-def test_an_llm_of_the_same_shape_and_other_weights_is_refused(world, lora, capsys):
-    """Of the LLM the checkpoint has the updates alone."""
-    other = shutil.copytree(world.folder / "llm", world.folder / "chat-llm")
-    weights = load_file(other / "model.safetensors")
-    save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    last = lora.folder / "checkpoints" / "final.ckpt"
-    for option in (f"--ckpt_path={last}", f"--model.init_from={last}"):
-        config = overlay(world, "chat", {"llm": str(other), "lora": {"rank": 4}})
-        assert main(world.arguments("fit", "chat", config, option)) == 2
-        message = capsys.readouterr().err
-        assert "trained with other parts" in message
-        assert "llm_weights" in message
+        assert words in message
 
 
 def test_activation_checkpointing_changes_no_loss(world):

@@ -100,6 +100,9 @@ def test_going_on_under_another_strategy_is_refused(world, stage1, tmp_path, cap
         message = capsys.readouterr().err
         assert str(checkpoint) in message
         assert "model.init_from" in message, message
+    overlay.write_text(yaml.safe_dump({"trainer": {"strategy": SHARDED, "limit_val_batches": 1}}))
+    measured = [f"--config={overlay}", f"--ckpt_path={single / 'final.ckpt'}"]
+    assert main(world.arguments("validate", "measured", *measured)) == 0
 
 
 def test_another_connector_is_refused(world, stage1, capsys):
