@@ -65,7 +65,7 @@ def missing() -> list[str]:
         return ["salad-lightning itself, without which no part is registered (pip install -e .)"]
     found = []
     for requirement in map(Requirement, asked):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": "test"}):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
             version = importlib.metadata.version(requirement.name)
