@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -114,7 +115,8 @@ class Encoder(nn.Module, ABC):
         """A name for exactly this encoder with these weights, which pre-encoded shards carry."""
         digest = hashlib.sha256(repr(sorted(self.settings().items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            kind = f" {tensor.dtype}" if tensor.is_floating_point() and tensor.dtype != torch.float32 else ""
+            digest.update(f"{name} {tuple(tensor.shape)}{kind}".encode())
             if not tensor.is_meta:
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return f"{type(self).__name__}-{digest.hexdigest()[:16]}"

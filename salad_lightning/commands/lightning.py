@@ -23,7 +23,9 @@ from salad_lightning.commands.parse_errors import explain
 from salad_lightning.commands.quiet import quieten
 from salad_lightning.commands.settings import Setting, check_part_names, read_settings
 from salad_lightning.errors import UserError
+from salad_lightning.model.checkpoint_folder import restore_folders
 from salad_lightning.registry import MODEL_KINDS, load_all
+from salad_lightning.training.callbacks import checkpoint_folder
 
 __all__ = ["SaladCLI", "run"]
 
@@ -108,8 +110,10 @@ class SaladCLI(LightningCLI):
         """Build; a size or name that a class refuses is the configuration's mistake."""
         path = self._get(self.config, "ckpt_path")
         if path and path not in _CHECKPOINT_NAMES and "://" not in str(path) and not Path(path).exists():
-            cure = "give the path of a checkpoint, or `last`"
-            raise UserError("no such checkpoint", where=f"ckpt_path: {path}", cure=cure)
+            restore_folders(Path(path).parent)
+            if not Path(path).exists():
+                cure = "give the path of a checkpoint, or `last`"
+                raise UserError("no such checkpoint", where=f"ckpt_path: {path}", cure=cure)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -121,32 +125,34 @@ class SaladCLI(LightningCLI):
                 raise UserError(first.what, where=first.where, cure=first.cure) from error
             cure = "correct the configuration (full traceback: SALAD_DEBUG=1)"
             raise UserError(str(first), where=f"building what `{self._chosen}` needs", cure=cure) from error
-        if self._chosen != "fit" and path in _CHECKPOINT_NAMES:
+        if path in _CHECKPOINT_NAMES and self._chosen == "fit":
+            restore_folders(checkpoint_folder(self.trainer))
+        elif path in _CHECKPOINT_NAMES:
             self._check_named_checkpoint(str(path))
         self._check_fit_of(str(path) if path else "")
 
     def _check_fit_of(self, path: str) -> None:
         """Refuse a checkpoint of another model before weights are loaded, which can take minutes."""
         if path == "last":
-            folder = Path(self.trainer.default_root_dir) / "checkpoints"
-            found = sorted(
-                folder.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"), key=lambda entry: entry.stat().st_mtime
-            )
-            path = str(found[-1]) if found else ""
+            found = self._last_checkpoints()
+            path = str(max(found, key=lambda entry: entry.stat().st_mtime)) if found else ""
         check = getattr(self.model, "check_checkpoint", None)  # any module may be trained; ours have it
         if check is not None and path and Path(path).exists():
-            check(path)
+            check(path, goes_on=self._chosen == "fit")
 
     def _check_named_checkpoint(self, name: str) -> None:
         """Lightning would only warn, and then measure untrained weights."""
-        folder = Path(self.trainer.default_root_dir) / "checkpoints"
-        if name != "last" or not list(folder.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt")):
+        folder = checkpoint_folder(self.trainer)
+        if name != "last" or not self._last_checkpoints():
             found = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))[:8]) or "nothing"
             raise UserError(
                 f"there is no `{name}` checkpoint to {self._chosen}",
                 where=f"ckpt_path: {name}",
                 cure=f"give the path of one; {folder} holds {found}",
             )
+
+    def _last_checkpoints(self) -> list[Path]:
+        return list(checkpoint_folder(self.trainer).glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"))
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""

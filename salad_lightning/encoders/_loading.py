@@ -60,21 +60,27 @@ def load_config(path: str, model_types: Sequence[str]) -> tuple[str, PreTrainedC
     return path, config
 
 
-def load_frozen(model_class: Any, path: str, config: PreTrainedConfig, *, not_needed: str) -> Any:
-    """A model in float32, in eval mode, without gradient.
+def load_frozen(
+    model_class: Any, path: str, config: PreTrainedConfig, *, not_needed: str, dtype: str = "float32"
+) -> Any:
+    """A model in eval mode, without gradient.
 
     Args:
         model_class: A transformers class with ``from_pretrained``.
         path: As `load_config` returned it.
         config: As `load_config` returned it.
         not_needed: Regular expression of parameter names that may be missing from the file.
+        dtype: Of the weights; said here because some checkpoints would load as float16.
 
     Raises:
-        UserError: If the weights are missing, damaged, or of another architecture.
+        UserError: If the weights are missing, damaged, or of another architecture, or there is no such dtype.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"no encoder is computed in {dtype!r}", where="encoder: dtype", cure="use float32 or bfloat16")
     try:
-        # float32, because precision is the trainer's decision: some checkpoints would load as float16.
-        model, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except _FAILURES as error:
         raise UserError(f"the weights cannot be loaded ({_first_line(error)})", where=path, cure=_RESAVE) from error
     # transformers fills missing weights with random numbers and only warns.

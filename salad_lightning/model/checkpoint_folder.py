@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -24,10 +25,19 @@ from torch.optim import Optimizer
 
 from salad_lightning.errors import UserError
 
-__all__ = ["is_checkpoint_folder", "load_into", "read_extra", "read_whole", "replace_folder", "stored_shapes"]
+__all__ = [
+    "is_checkpoint_folder",
+    "load_into",
+    "read_extra",
+    "read_whole",
+    "replace_folder",
+    "restore_folders",
+    "stored_shapes",
+]
 
 # Lightning's name of the file for what is neither weights nor optimizer state.
 _EXTRA = "meta.pt"
+_OLD = ".old"
 _CURE = "give the path of a checkpoint folder that a run has written, whole"
 
 
@@ -156,12 +166,24 @@ def _rates(scheduler: dict[str, Any]) -> list[tuple[float, float]]:
 
 def replace_folder(aside: Path, final: Path) -> None:
     """Rename ``aside`` to ``final``; an older one goes only when the new one stands."""
-    old = final.with_name(final.name + ".old")
-    _remove(old)
+    old = final.with_name(final.name + _OLD)
     if final.exists():
+        _remove(old)
         os.replace(final, old)
     os.replace(aside, final)
     _remove(old)
+
+
+def restore_folders(folder: Path) -> None:
+    """Give the older checkpoints in a folder their names back, where a run was killed within `replace_folder`.
+
+    Every process of a run may do so at the same time.
+    """
+    for old in folder.glob(f"*{_OLD}"):
+        final = old.with_name(old.name.removesuffix(_OLD))
+        if is_checkpoint_folder(old) and not final.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.replace(old, final)
 
 
 def _remove(path: Path) -> None:

@@ -111,6 +111,8 @@ class SpeechLLM(nn.Module):
             frames_NTKD = self.encoder.embed(self._stored(batch)).frames
         if torch.is_autocast_enabled(device):  # the connector's weights, sharded, are in this dtype
             frames_NTKD = frames_NTKD.to(torch.get_autocast_dtype(device))
+        elif (weight := next(self.connector.parameters(), None)) is not None:
+            frames_NTKD = frames_NTKD.to(weight.dtype)  # the encoder may be in bf16
         offset_T = torch.arange(batch.max_span_frames, device=frames_NTKD.device)
         inside_KT = offset_T < batch.span_num_frames_K[:, None]
         index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)

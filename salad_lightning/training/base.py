@@ -32,15 +32,25 @@ __all__ = [
     "AtomicCheckpointIO",
     "TokenLossModule",
     "check_outline",
+    "check_trained",
     "default_optimizer",
     "load_checkpoint",
     "save_folder",
 ]
 
 
-def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """AdamW with weight decay 0.1 (arXiv 2510.13632, section 4) and betas (0.9, 0.95); rates come with the groups."""
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1)
+def default_optimizer(parameters: Iterable[Any], *, fused: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW with weight decay 0.1 (arXiv 2510.13632, section 4) and betas (0.9, 0.95).
+
+    Args:
+        parameters: Or groups of them, which bring their rates along.
+        fused: Whether one kernel does the step, which moves a third of the bytes; by default on a GPU.
+    """
+    groups = list(parameters)
+    if fused is None:
+        members = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+        fused = bool(members) and all(p.is_cuda for p in members)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -181,6 +191,23 @@ class TokenLossModule(LightningModule):
             # Not by `prog_bar`: that is read from the device after every batch, whether there is a bar or not.
             self.trainer.progress_bar_metrics["train/loss"] = float(means["loss"] / count)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all processes, or as ``trainer.gradient_clip_algorithm`` says.
+
+        Lightning refuses fused optimizers, since those may undo the scaling of a loss; without fp16 there is none.
+        """
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Groups by `parameter_rates`, each split by whether weight decay applies (matrices only)."""
         groups = []
@@ -205,8 +232,12 @@ class TokenLossModule(LightningModule):
         for name in list(checkpoint["state_dict"]):
             if _is_of(frozen, name):
                 del checkpoint["state_dict"][name]
-        notes = {"frozen": sorted(frozen), "seen": dict(self.seen), "sharded": self.device_mesh is not None}
-        checkpoint["salad_lightning"] = notes
+        checkpoint["salad_lightning"] = {
+            "frozen": sorted(frozen),
+            "trained": _trained_names(self),
+            "seen": dict(self.seen),
+            "sharded": self.device_mesh is not None,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that nothing but frozen weights is missing.
@@ -226,8 +257,12 @@ class TokenLossModule(LightningModule):
         if "state_dict" in checkpoint:
             self.check_weights(checkpoint, "the checkpoint")
 
-    def check_checkpoint(self, path: str) -> None:
+    def check_checkpoint(self, path: str, *, goes_on: bool = False) -> None:
         """Refuse a checkpoint to go on from, or to measure, before any weight is loaded.
+
+        Args:
+            path: Of the checkpoint.
+            goes_on: Whether the run goes on with its optimizer's state, too.
 
         Raises:
             UserError: If it does not fit.
@@ -294,6 +329,32 @@ def check_outline(module: nn.Module, checkpoint: Mapping[str, Any], where: str) 
         UserError: If a weight is missing that was not frozen, unknown, or of another shape.
     """
     _compare_weights(module.state_dict(), checkpoint, where, _frozen_names(module))
+
+
+def check_trained(module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
+    """Compare what a checkpoint's optimizer has a state for with what a module trains.
+
+    Args:
+        module: With the names that the checkpoint has.
+        checkpoint: Of a `TokenLossModule`; others pass.
+        where: Its path.
+
+    Raises:
+        UserError: If they differ.
+    """
+    ours = _trained_names(module)
+    theirs = checkpoint.get("salad_lightning", {}).get("trained", ours)
+    if different := sorted(set(ours) ^ set(theirs)):
+        was, has = ("was not", "is") if different[0] in ours else ("was", "is not")
+        raise UserError(
+            f"{different[0]} {has} trained here and {was} there ({len(different)} such weights)",
+            where=where,
+            cure="set model.freeze as in that run, or start from its weights: model.init_from",
+        )
+
+
+def _trained_names(module: nn.Module) -> list[str]:
+    return sorted(name for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
 def _compare_weights(ours: Mapping[str, Any], checkpoint: Mapping[str, Any], where: str, frozen: set[str]) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from salad_lightning.errors import UserError
 from salad_lightning.training.base import TokenLossModule, save_folder
 
-__all__ = ["FinalCheckpoint", "GlobalBatch", "PreDecayCheckpoint", "SigtermCheckpoint"]
+__all__ = ["FinalCheckpoint", "GlobalBatch", "PreDecayCheckpoint", "SigtermCheckpoint", "checkpoint_folder"]
 
 
 class PreDecayCheckpoint(Callback):

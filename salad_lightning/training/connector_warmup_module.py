@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional
 
 from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.errors import UserError
+from salad_lightning.model.llm import LanguageModel
+from salad_lightning.model.speech_llm import SpeechLLM
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 from salad_lightning.training.speed_monitor import Work
 
@@ -41,6 +44,21 @@ class ConnectorWarmupModule(SpeechLLMModule):
                 cure="set trainer.strategy to auto or ddp; the connector is small",
             )
         super().configure_model()
+
+    @property
+    def _wants_teacher(self) -> bool:
+        return super()._wants_teacher and self.trainer.state.fn != TrainerFn.FITTING
+
+    def _freezes_llm(self) -> bool:
+        return True
+
+    def _assemble(self, llm: LanguageModel) -> SpeechLLM:
+        model = super()._assemble(llm)
+        # Nothing else has a gradient, which DDP would wait for.
+        model.llm.requires_grad_(False)
+        if model.switch is not None:
+            model.switch.requires_grad_(False)
+        return model
 
     def compute_loss(self, batch: SpeechBatch) -> ObjectiveOutput:
         """Summed CTC loss; the count is that of transcript tokens."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
+from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from salad_lightning.errors import UserError
 from salad_lightning.evaluation.gap import measure
 from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Objective
 from salad_lightning.model.adapters import LoRA, adapters_off, add_adapters, nf4, quantization_kl
+from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, load_into, stored_shapes
 from salad_lightning.model.execution import Execution, prepare_blocks, prepare_process
 from salad_lightning.model.llm import (
     LanguageModel,
@@ -38,6 +41,7 @@ from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcri
 from salad_lightning.model.streaming import meta_parameters, weights_mark
 from salad_lightning.training.base import (
     check_outline,
+    check_trained,
     default_optimizer,
     load_checkpoint,
 )
@@ -174,7 +178,7 @@ class SpeechLLMModule(MeasuredModule):
             if not attached:
                 self.check_checkpoint(self._init_from)
             self._take_weights(self._init_from)
-        if attached and not self._teaches_itself:
+        if attached and self._wants_teacher:
             # The teacher is not a registered submodule: it is never trained, saved or summarised. Hence the tuple.
             self._teacher = (self._load_teacher(place),)
 
@@ -187,7 +191,7 @@ class SpeechLLMModule(MeasuredModule):
 
     def _load_llm(self, place: Placement, attached: bool) -> LanguageModel:
         vocab_size, settings = len(self._tokenizer), self._execution
-        frozen = "llm.*" in self._freeze  # and so in the compute dtype
+        frozen = self._freezes_llm()  # and so in the compute dtype
         if self._lora is None and not frozen:
             return load_placed(self._llm_path, vocab_size, place, settings, trained=True)
         # Gradients flow through what is frozen, so its blocks are prepared here: `load_placed` would not checkpoint
@@ -204,6 +208,16 @@ class SpeechLLMModule(MeasuredModule):
         add_adapters(llm, self._lora)
         prepare_blocks(llm.blocks, settings)
         return llm
+
+    def _freezes_llm(self) -> bool:
+        if not self._freeze:
+            return False
+        names = [f"llm.{name}" for name, _ in self._empty_llm().named_parameters()]
+        return all(any(fnmatch.fnmatch(name, pattern) for pattern in self._freeze) for name in names)
+
+    def _empty_llm(self) -> LanguageModel:
+        with meta_parameters():
+            return build_language_model(self._config, len(self._tokenizer))
 
     def _assemble(self, llm: LanguageModel) -> SpeechLLM:
         encoder, connector = self._parts
@@ -225,6 +239,10 @@ class SpeechLLMModule(MeasuredModule):
     def _teaches_itself(self) -> bool:
         """Whether the LLM without its adapters is the teacher."""
         return self._lora is not None and self._teacher_path == self._llm_path
+
+    @property
+    def _wants_teacher(self) -> bool:
+        return not self._teaches_itself
 
     def _report_quantization(self, llm: LanguageModel, place: Placement) -> None:
         """How far the 4-bit model, which is the teacher too, is from the original."""
@@ -346,7 +364,7 @@ class SpeechLLMModule(MeasuredModule):
             llm_weights=self._llm_mark,
         )
 
-    def check_checkpoint(self, path: str) -> None:
+    def check_checkpoint(self, path: str, *, goes_on: bool = False) -> None:
         """Refuse a checkpoint of other parts or shapes, from names and shapes alone.
 
         Raises:
@@ -356,12 +374,14 @@ class SpeechLLMModule(MeasuredModule):
         check_handover(checkpoint, self._described(), path)
         if self._require_pre_decay and path == self._init_from:
             check_not_decayed(checkpoint, path)
-        with meta_parameters():
-            llm = build_language_model(self._config, len(self._tokenizer))
+        llm = self._empty_llm()
         if self._lora is not None:
             add_adapters(llm, self._lora)
         # This module as it will be: the names of its weights begin with those of its attributes.
-        check_outline(nn.ModuleDict({"model": self._assemble(llm), "objective": self.objective}), checkpoint, path)
+        outline = nn.ModuleDict({"model": self._assemble(llm), "objective": self.objective})
+        check_outline(outline, checkpoint, path)
+        if goes_on:
+            check_trained(outline, checkpoint, path)
 
     @functools.cached_property
     def _llm_mark(self) -> str:
@@ -373,11 +393,21 @@ class SpeechLLMModule(MeasuredModule):
         return {name for name in self.frozen_names() if name.startswith(own)} - self._taken
 
     def _take_weights(self, path: str) -> None:
-        checkpoint = load_checkpoint(path, weights_only=True)
-        self._taken = set(checkpoint["state_dict"])
-        if self._trainer is None or self.device_mesh is None:
-            self.load_state_dict(checkpoint["state_dict"], strict=False)
+        """Of a folder, a sharded module reads its parts alone; a file is mapped into memory, not read into it."""
+        sharded = self._trainer is not None and self.device_mesh is not None
+        if sharded and is_checkpoint_folder(path):
+            taken = set(stored_shapes(path))
+            # What may be missing was checked by `check_checkpoint`.
+            checkpoint = load_into(path, self, [], frozen=set(self.state_dict()))
         else:
-            load_full(self, checkpoint["state_dict"])
-        taken, step = len(checkpoint["state_dict"]), checkpoint.get("global_step", 0)
-        rank_zero_info(f"{taken} weights taken from {path} (step {step}); the optimizer starts afresh")
+            checkpoint = load_checkpoint(path, weights_only=True, outline=not is_checkpoint_folder(path))
+            taken = set(checkpoint["state_dict"])
+            if sharded:
+                load_full(self, checkpoint["state_dict"])
+            else:
+                self.load_state_dict(checkpoint["state_dict"], strict=False)
+        self._taken = taken
+        parts = Counter(name.removeprefix("model.").partition(".")[0] for name in taken)
+        what = ", ".join(f"{number} of {part}" for part, number in sorted(parts.items()))
+        step = checkpoint.get("global_step", 0)
+        rank_zero_info(f"weights taken from {path} (step {step}): {what}; the optimizer starts afresh")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from salad_lightning.encoders.causal_conv import CausalConvEncoder
 from salad_lightning.encoders.log_mel import LogMelEncoder
 from salad_lightning.encoders.mimi import MimiEncoder
 from salad_lightning.encoders.ssl import SelfSupervisedEncoder
 from salad_lightning.encoders.whisper import WhisperEncoder
+from salad_lightning.errors import UserError
 from salad_lightning.testing.contracts.encoder import EncoderContract
 from salad_lightning.testing.tiny_encoders import (
     save_tiny_causal_conv,
@@ -96,3 +99,30 @@ class TestWavLMGroupNorm(EncoderContract):
 class TestWavLMLayerNorm(EncoderContract):
     def make_encoder(self):
         return SelfSupervisedEncoder(save_tiny_wavlm(self.folder, norm="layer"), normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("encoder_class", "save"),
+    [(WhisperEncoder, save_tiny_whisper), (SelfSupervisedEncoder, save_tiny_wav2vec2),
+     (SelfSupervisedEncoder, save_tiny_wavlm)],
+)  # fmt: skip
+def test_bfloat16_is_another_encoder_with_nearly_the_same_frames(tmp_path, encoder_class, save):
+    """Also where the weights themselves are numbers of bfloat16, so that rounding them changes nothing."""
+    folder = save(tmp_path)
+    rounded = AutoModel.from_pretrained(folder)
+    for weight in rounded.parameters():
+        weight.data = weight.data.bfloat16().float()
+    rounded.save_pretrained(folder)
+    exact, half = encoder_class(folder), encoder_class(folder, dtype="bfloat16")
+    audio = 0.1 * torch.randn(2, 12_000, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([12_000, 7_000])
+    expected, frames = exact(audio, lengths).frames, half(audio, lengths).frames
+    assert frames.dtype == torch.bfloat16
+    assert (frames.float() - expected).norm() < 0.03 * expected.norm()
+    assert not frames[1, int(half.output_lengths(7_000)) :].any()
+    assert exact.identity() != half.identity()
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    with pytest.raises(UserError, match="int8"):
+        WhisperEncoder(save_tiny_whisper(tmp_path), dtype="int8")

@@ -148,7 +148,7 @@ def test_local_folders_are_copied_and_hub_names_stay(tmp_path):
 @pytest.mark.parametrize("kind", ["mimi", "ssl", "whisper"])
 def test_encoders_of_many_layers_and_other_connectors(kind, model, tmp_path):
     saved = {"mimi": save_tiny_mimi, "ssl": save_tiny_wavlm, "whisper": save_tiny_whisper}[kind](tmp_path / "encoder")
-    arguments = {"path": saved, **({"input": "codes"} if kind == "mimi" else {})}
+    arguments = {"path": saved, **{"mimi": {"input": "codes"}, "whisper": {"dtype": "bfloat16"}}.get(kind, {})}
     encoder_class, connector_class, settings = {
         "mimi": (MimiEncoder, CausalTransformerConnector, _NARROW),
         "ssl": (SelfSupervisedEncoder, QFormerConnector, {}),

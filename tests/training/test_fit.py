@@ -149,6 +149,34 @@ def test_frozen_weights_stay_bit_for_bit(world, pattern, fixed, free):
         assert torch.equal(module.state_dict()[name], start[name]), name
 
 
+@pytest.mark.parametrize(
+    ("patterns", "dtype"),
+    [(["llm.*"], torch.bfloat16), (["llm.hf.*"], torch.bfloat16), (["*mlp*"], torch.float32)],
+)
+def test_a_frozen_llm_is_held_in_the_compute_dtype(world, patterns, dtype):
+    run = world.run("fit", f"held-{len(patterns[0])}", "--trainer.max_steps=1", f"--model.freeze={patterns}",
+                    "--trainer.precision=bf16-mixed", "--trainer.callbacks+=DtypeOfLLM")  # fmt: skip
+    assert DtypeOfLLM.seen == dtype
+    assert torch.isfinite(torch.tensor(run.column("train/loss"))).all()
+
+
+class DtypeOfLLM(Callback):
+    seen = None
+
+    def on_train_start(self, trainer, pl_module):
+        DtypeOfLLM.seen = pl_module.model.llm.hf.dtype
+
+
+def test_going_on_with_other_weights_frozen(world, trained, capsys):
+    """The optimizer's state would be of others."""
+    path = trained.folder / "checkpoints" / "last.ckpt"
+    assert main(world.arguments("fit", "x", "--model.freeze=['*mlp*']", f"--ckpt_path={path}")) == 2
+    message = capsys.readouterr().err
+    for words in (str(path), "is not trained here and was there", "model.freeze", "model.init_from"):
+        assert words in message
+    assert main(world.arguments("validate", "x", "--model.freeze=['*mlp*']", f"--ckpt_path={path}")) == 0
+
+
 def test_a_pattern_that_matches_nothing(world, capsys):
     assert main(world.arguments("fit", "x", "--model.freeze=['llm.hf.modl.*']")) == 2
     message = capsys.readouterr().err
@@ -309,15 +337,17 @@ def test_missing_or_broken_checkpoint(world, capsys, tmp_path, option):
 # Options of the model
 
 
-def test_layer_mix_and_switch_embeddings_are_trained(world):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_mix_and_switch_embeddings_are_trained(world, dtype):
     encoder = save_tiny_hubert(world.folder / "hubert", norm="layer")
     run = world.run(
         "fit",
-        "layers",
+        f"layers-{dtype}",
         "--trainer.max_steps=3",
         "--model.switch_embeddings=true",
         "--model.encoder=SelfSupervisedEncoder",
         f"--model.encoder.path={encoder}",
+        f"--model.encoder.dtype={dtype}",
         *EVERY_STEP,
     )
     first, last = weights(run.checkpoint("epoch=0-step=1.ckpt")), weights(run.checkpoint())

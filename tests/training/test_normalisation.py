@@ -17,16 +17,19 @@ from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.data.packing import collate
 from salad_lightning.encoders.log_mel import LogMelEncoder
+from salad_lightning.model.adapters import LoRA
 from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
+from salad_lightning.testing.tiny import save_tiny_llm
+from salad_lightning.training.connector_warmup_module import ConnectorWarmupModule
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
 pytestmark = pytest.mark.slow
 STEPS = 3
-FIGURES = ("loss", "nll", "kl", "own")
+FIGURES = ("loss", "nll", "kl", "own", "ctc")
 
 
 class Recorder(torch.optim.SGD):
@@ -53,10 +56,18 @@ class LosingConnector(MLPConnector):
         return output._replace(losses={"own": 0.01 * output.embeddings[:, 0].square().sum()})
 
 
-def build(world, connector=MLPConnector, **options):
+class Seeded(SpeechLLMModule):
+    """Adapters begin alike; Lightning seeds anew where there are several processes."""
+
+    def configure_model(self):
+        seed_everything(0, verbose=False)
+        super().configure_model()
+
+
+def build(world, connector=MLPConnector, module_class=SpeechLLMModule, llm="llm", **options):
     seed_everything(0, verbose=False)
-    return SpeechLLMModule(
-        llm=str(world.folder / "llm"),
+    return module_class(
+        llm=str(world.folder / llm),
         encoder=LogMelEncoder(),
         connector=lambda *, encoder_dim, llm_dim: connector(encoder_dim=encoder_dim, llm_dim=llm_dim, stack=8),
         objective=MixtureObjective(alpha=0.5),  # plain KL is 0 on text as long as the LLM is the teacher's equal
@@ -186,43 +197,81 @@ def test_clipping_sees_the_mean(world, rows, reference):
 
 # Two processes
 
+CLIPPED = {"rows_per_batch": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
 
-def main_of_rank(folder, name):
-    """What ``python test_normalisation.py FOLDER NAME`` does: train as one of the ranks, and rank 0 keeps gradients."""
+
+def of_kind(world, kind):
+    """The module of a run, and how it is trained."""
+    lora = LoRA(rank=4)
+    modules = {
+        "losing": {"connector": LosingConnector},
+        "lora": {"lora": lora, "module_class": Seeded},
+        "qlora": {"lora": lora, "module_class": Seeded, "quantize": "nf4", "llm": "wide"},
+        "warmup": {"module_class": ConnectorWarmupModule, "switch_embeddings": True},
+    }
+    return build(world, **modules.get(kind, {})), CLIPPED if kind == "clipped" else {"rows_per_batch": 2}
+
+
+def main_of_rank(folder, strategy, kind):
+    """What ``python test_normalisation.py FOLDER STRATEGY KIND`` does: as one rank; rank 0 keeps gradients."""
     torch.set_num_threads(1)
     with open(f"{folder}/rows.pickle", "rb") as file:
         rows = pickle.load(file)
-    strategy = "ddp" if name.startswith("ddp") else FullyShardedStrategy()
     world = TinyWorld(Path(folder))
-    module = build(world, LosingConnector) if name.endswith("-losing") else None
-    gradients, _ = train(world, rows, name, module=module, rows_per_batch=2, devices=2, strategy=strategy)
+    module, options = of_kind(world, kind)
+    spread = "ddp" if strategy == "ddp" else FullyShardedStrategy()
+    gradients, _ = train(world, rows, f"{strategy}-{kind}", module=module, devices=2, strategy=spread, **options)
     full = [[g.full_tensor() if hasattr(g, "full_tensor") else g for g in step] for step in gradients]
     if os.environ["LOCAL_RANK"] == "0":
-        torch.save(full, f"{folder}/{name}.pt")
+        torch.save(full, f"{folder}/{strategy}-{kind}.pt")
 
 
-@pytest.mark.parametrize("name", ["ddp", "sharded"])
-def test_two_processes_take_the_same_steps_as_one(world, rows, reference, name):
-    """Rank 1 has text alone, so its connector hears nothing, and ten times the tokens of rank 0."""
+def train_on_two(world, rows, strategy, kind):
+    """Gradients by the step, and the run; rank 1 has text alone and ten times the tokens of rank 0."""
     (world.folder / "rows.pickle").write_bytes(pickle.dumps(rows))
-    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), name))
-    logged = TinyRun(world.folder / name)
+    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), strategy, kind))
+    return torch.load(world.folder / f"{strategy}-{kind}.pt"), TinyRun(world.folder / f"{strategy}-{kind}")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_take_the_same_steps_as_one(world, rows, reference, strategy):
+    gradients, run = train_on_two(world, rows, strategy, "plain")
     for figure in ("loss", "nll", "kl"):
-        assert logged.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
-    assert_same_gradients(torch.load(world.folder / f"{name}.pt"), reference[0], rel=1e-4)
+        assert run.column(f"train/{figure}") == pytest.approx(reference[1][figure], rel=1e-5), figure
+    assert_same_gradients(gradients, reference[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddp-losing", "sharded-losing"])
-def test_a_connector_with_a_loss_of_its_own(world, rows, name):
-    """What it loses is logged and added up by all, though rank 1 hears nothing."""
-    gradients, logged = train(world, rows, f"{name}-alone", module=build(world, LosingConnector))
-    assert min(logged["own"]) > 0
-    (world.folder / "rows.pickle").write_bytes(pickle.dumps(rows))
-    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), name))
-    together = TinyRun(world.folder / name)
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("ddp", "losing"), ("sharded", "losing"), ("ddp", "lora"), ("ddp", "qlora"), ("ddp", "warmup")],
+)
+def test_so_do_those_of_other_kinds(world, rows, strategy, kind):
+    """A connector with a loss of its own is run and logged on rank 1 too, though that hears nothing."""
+    if "lora" in kind:
+        pytest.importorskip("peft")
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+        save_tiny_llm(world.folder / "wide", width=128)  # 4-bit weights come in blocks
+    module, _ = of_kind(world, kind)
+    gradients, logged = train(world, rows, f"{kind}-alone", module=module)
+    together, run = train_on_two(world, rows, strategy, kind)
+    assert logged
     for figure, values in logged.items():
-        assert together.column(f"train/{figure}") == pytest.approx(values, rel=1e-5), figure
-    assert_same_gradients(torch.load(world.folder / f"{name}.pt"), gradients, rel=1e-4)
+        assert max(values) > 0, figure
+        assert run.column(f"train/{figure}") == pytest.approx(values, rel=1e-5), figure
+    assert_same_gradients(together, gradients, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_clipping_and_a_last_step_of_fewer_rows(world, rows, strategy):
+    """Micro-batches of one row, two to a step, and one to the last; the norm that is clipped is that of all ranks."""
+    fewer = [*rows[:-1], [rows[-1][0], rows[-1][2]]]
+    limit = CLIPPED["gradient_clip_val"]
+    gradients, logged = train(world, fewer, f"{strategy}-clipped-alone", gradient_clip_val=limit)
+    assert [norm(step) for step in gradients] == pytest.approx([limit] * STEPS, rel=1e-4), "the limit must be felt"
+    together, run = train_on_two(world, fewer, strategy, "clipped")
+    assert run.column("train/loss") == pytest.approx(logged["loss"], rel=1e-5)
+    assert_same_gradients(together, gradients, rel=1e-4)
 
 
 def test_a_fully_sharded_run_validates_stops_and_goes_on(world):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import shutil
 import signal
@@ -25,7 +26,7 @@ from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
-from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.base import default_optimizer, load_checkpoint
 from salad_lightning.training.callbacks import GlobalBatch
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
@@ -97,15 +98,19 @@ class Rows(LightningDataModule):
 
 class Halfway(Callback):
     def on_train_start(self, trainer, pl_module):
-        if Path(trainer.default_root_dir).name == "sharded":
-            check_shards(pl_module)
+        name = Path(trainer.default_root_dir).name
+        if name in ("sharded", "bf16"):
+            check_shards(pl_module, torch.bfloat16 if name == "bf16" else torch.float32)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        assert {p.grad.dtype for p in pl_module.parameters() if p.grad is not None} == {torch.float32}
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == HALF and not (Path(trainer.default_root_dir) / "half.ckpt").exists():
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "half.ckpt")
 
 
-def train(world, steps, name, *, ckpt_path=None, callbacks=(), **options):
+def train(world, steps, name, *, ckpt_path=None, callbacks=(), model=None, **options):
     folder = world.folder / name
     trainer = Trainer(
         accelerator="cpu",
@@ -121,7 +126,7 @@ def train(world, steps, name, *, ckpt_path=None, callbacks=(), **options):
         callbacks=[GlobalBatch(rows=ROWS), *callbacks],
         **{"devices": 1, **options},
     )
-    module = build(world)
+    module = build(world, **(model or {}))
     trainer.fit(module, datamodule=Rows(steps), ckpt_path=ckpt_path)
     return module
 
@@ -168,10 +173,14 @@ def main_of_rank(folder, name, count, ckpt_path=""):
     world = TinyWorld(Path(folder))
     steps = pickle.loads((world.folder / "steps.pickle").read_bytes())
     strategy = "ddp" if name == "ddp" else FullyShardedStrategy(shard_encoder=name == "four")
-    train(world, steps, name, devices=int(count), strategy=strategy, callbacks=[Halfway()], ckpt_path=ckpt_path or None)
+    precision = "bf16-mixed" if name == "bf16" else "32-true"
+    options = {"devices": int(count), "strategy": strategy, "precision": precision, "callbacks": [Halfway()]}
+    fused = name in ("bf16", "ddp", "sharded")  # as by default on a GPU
+    model = {"optimizer": functools.partial(default_optimizer, fused=fused)}
+    train(world, steps, name, ckpt_path=ckpt_path or None, model=model, **options)
 
 
-def check_shards(module):
+def check_shards(module, computed):
     """No process holds more than its share of the LLM, nor of its teacher; a tied head is tied."""
     from torch.distributed.tensor import DTensor
 
@@ -182,6 +191,12 @@ def check_shards(module):
         assert local < 0.6 * sum(parameter.numel() for parameter in parameters)
         assert llm.hf.lm_head.weight is llm.hf.model.embed_tokens.weight
     assert {parameter.dtype for parameter in module.model.llm.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in module._teacher[0].parameters()} == {computed}
+
+    def check(block, inputs, output):
+        assert (output[0] if isinstance(output, tuple) else output).dtype == computed
+
+    module.model.llm.blocks[0].register_forward_hook(check)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +213,14 @@ def test_two_sharded_processes_take_the_same_steps(world, sharded, reference):
 def test_two_replicas_take_the_same_steps(world, rows, reference):
     finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), "ddp", "2"))
     assert losses(world, "ddp") == pytest.approx(reference, rel=1e-5)
+
+
+def test_sharded_in_bf16(world, rows, reference):
+    """Products, frozen weights and activations in bf16; trained weights, gradients and their sums in fp32."""
+    finish_ranks(world.folder, start_ranks(world.folder, 2, __file__, str(world.folder), "bf16", "2"))
+    values = losses(world, "bf16")
+    assert values == pytest.approx(reference, rel=0.02)
+    assert values != pytest.approx(reference, rel=1e-5)
 
 
 def test_frozen_weights_are_not_in_the_folder(world, sharded):

@@ -15,6 +15,7 @@ from salad_lightning.model.parallel import check_device
 from salad_lightning.selection.score import check_score_settings
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import distillation_losses
+from salad_lightning.testing.runs import TinyRun
 from salad_lightning.testing.shards import save_speech_shards
 from salad_lightning.training.base import load_checkpoint
 
@@ -22,10 +23,10 @@ pytestmark = pytest.mark.slow
 SHARDED = {"class_path": "salad_lightning.model.parallel.FullyShardedStrategy"}
 
 
-def fit(world, name, model=None, trainer=None):
+def fit(world, name, model=None, trainer=None, *options):
     overlay = world.folder / f"{name}.yaml"
     overlay.write_text(yaml.safe_dump({"model": {"init_args": model or {}}, "trainer": trainer or {}}))
-    return main(world.arguments("fit", name, f"--config={overlay}"))
+    return main(world.arguments("fit", name, f"--config={overlay}", *options))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,20 @@ def test_an_older_folder_goes_when_the_new_one_stands(stage1, tmp_path):
         assert (final / "name").read_text() == step
         assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert stored_shapes(final)
+
+
+@pytest.mark.parametrize("name", ["last", "path"])
+def test_a_run_killed_between_two_names_goes_on(world, stage1, name):
+    """`replace_folder` has given the older folder another name, and not yet the newer one its own."""
+    folder = world.folder / f"killed-{name}" / "checkpoints"
+    shutil.copytree(stage1 / "pre_decay.ckpt", folder / "last.ckpt.old")
+    shutil.copytree(stage1 / "final.ckpt", folder / "last.ckpt.part")
+    path = "last" if name == "last" else str(folder / "last.ckpt")
+    step = load_checkpoint(stage1 / "pre_decay.ckpt", weights_only=True)["global_step"]
+    trainer = {"strategy": SHARDED, "max_steps": 6}
+    assert fit(world, f"killed-{name}", {}, trainer, f"--ckpt_path={path}") == 0
+    rows = TinyRun(folder.parent).metrics()
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(step, 6))
 
 
 def test_bf16_is_refused_where_it_is_emulated():
