@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one call: the projection kernel, whole training steps, tests/gpu.
+"""Everything that wants a GPU, in one call: the projection kernel, whole training steps, tests/gpu, a rehearsal.
 
 Each part is a process with a limit of its own and its log in the output folder, where ``gpu.md`` is rewritten after
 every part: with the date, the versions, and what the parts printed. What does not fit into the minutes is cut off; it
@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 PACKAGES = ("torch", "triton", "transformers", "lightning", "bitsandbytes", "peft", "torchtune", "liger-kernel")
 STEP = ("-m", "benchmarks.step", "--attention", "flex")
 TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--durations", "5")
+REHEARSAL = ("-m", "benchmarks.rehearsal", "--device", "cuda", "--processes", "1", "--compile", "--attention", "flex")
 # In order of what they tell, each with the minutes that it may take.
 PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "projection": (5, ("-m", "benchmarks.projection")),
@@ -33,11 +34,14 @@ PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "tests-training": (6, (*TESTS, "tests/gpu/test_training_gpu.py")),
     "step-0.5B": (4, (*STEP, "--size", "0.5B", "--rows", "12", "--documents", "1024", "--no-table")),
     "step-3B-sdpa": (4, ("-m", "benchmarks.step", "--size", "3B", "--rows", "4", "--no-table")),
+    "rehearsal-0.5B": (5, (*REHEARSAL, "--rows", "8", "--steps", "12")),
     "rows-0.5B": (4, (*STEP, "--size", "0.5B", "--rows", "8", "--no-compile")),
 }
 MINI = {"projection": ("--tokens", "64", "--vocab", "512", "--dim", "16"),
         "step-0.5B": ("--size", "mini", "--context", "64", "--rows", "2", "--steps", "2", "--warmup", "1",
-                      "--documents", "16", "--attention", "sdpa", "--no-compile")}  # fmt: skip
+                      "--documents", "16", "--attention", "sdpa", "--no-compile"),
+        "rehearsal-0.5B": ("--size", "mini", "--device", "cpu", "--context", "64", "--rows", "1", "--steps", "2",
+                           "--attention", "sdpa", "--no-compile")}  # fmt: skip
 
 
 def versions() -> str:

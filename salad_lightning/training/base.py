@@ -103,7 +103,7 @@ class TokenLossModule(LightningModule):
         self.schedule = schedule or WarmupStableDecay()
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self._totals: dict[str, Tensor] = {}
-        self.seen = {"tokens": 0.0, "audio_seconds": 0.0}  # over the whole run, all processes
+        self.seen = {"tokens": 0.0, "audio_seconds": 0.0}  # over the whole run: rank 0's, times the processes
         self.work = Work()  # of the micro-batch at hand
         self._started = 0.0
 

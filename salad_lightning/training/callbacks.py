@@ -29,7 +29,7 @@ class PreDecayCheckpoint(Callback):
         start = pl_module.schedule.decay_start(trainer.max_steps)
         # Under accumulation several micro-batches end at the same step: only the first of them saves.
         if not self._saved and trainer.global_step == start:
-            trainer.save_checkpoint(checkpoint_folder(trainer) / "pre_decay.ckpt")
+            trainer.save_checkpoint(checkpoint_folder(trainer) / "pre_decay.ckpt", weights_only=False)
             self._saved = True
 
 
@@ -39,7 +39,7 @@ class FinalCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         if trainer.global_step >= trainer.max_steps:
-            trainer.save_checkpoint(checkpoint_folder(trainer) / "final.ckpt")
+            trainer.save_checkpoint(checkpoint_folder(trainer) / "final.ckpt", weights_only=False)
 
 
 class SigtermCheckpoint(Callback):
@@ -51,7 +51,7 @@ class SigtermCheckpoint(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save after the step in which SIGTERM came; Lightning then ends the run."""
         if trainer.received_sigterm:
-            trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt")
+            trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt", weights_only=False)
 
 
 class GlobalBatch(Callback):

@@ -141,12 +141,11 @@ class Memory(NamedTuple):
     gathered: float
     activations: float
     projection: float
-    optimizer: float
 
     @property
     def total(self) -> float:
-        """What lasts, and the larger of what forward and backward pass need and what the optimizer does after them."""
-        return self.trained + self.teacher + max(self.gathered + self.activations + self.projection, self.optimizer)
+        """What lasts, and what forward and backward pass need."""
+        return self.trained + self.teacher + self.gathered + self.activations + self.projection
 
 
 def memory_per_gpu(
@@ -158,8 +157,8 @@ def memory_per_gpu(
     (on one GPU: copied) are two blocks (one at work, one prefetched) with the fp32 gradient of one, and the parameters
     outside the blocks, of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position
     for every block, and 34 · dim bytes a position inside the one at work (Korthikanti et al., arXiv 2205.05198, section
-    4, without attention scores, which are never held). The projection holds its chunk: 1 GiB. After all that is freed,
-    AdamW takes 4 bytes a trained parameter, the roots of all second moments.
+    4, without attention scores, which are never held). The projection holds its chunk: 1 GiB. AdamW, fused, takes
+    nothing besides; another optimizer may.
 
     Args:
         student: Fully trained.
@@ -182,7 +181,6 @@ def memory_per_gpu(
         gathered=gathered,
         activations=positions_per_gpu * student.dim * (2 * student.num_layers + 34),
         projection=float(GIB),
-        optimizer=4 * student.parameters / gpus,
     )
 
 

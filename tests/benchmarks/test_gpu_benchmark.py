@@ -33,14 +33,16 @@ def test_without_a_gpu_it_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_parts_report_and_are_named_where_time_is_over(tmp_path):
-    done = run("--mini", "--parts", "projection", "step-0.5B", "--output", str(tmp_path))
+    parts = ("projection", "step-0.5B", "rehearsal-0.5B")
+    done = run("--mini", "--parts", *parts, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "gpu.md").read_text()
     assert f"torch {torch.__version__}" in report
     assert "| frozen | 64 | ours | " in report
     assert "| plain | " in report
-    assert report.count("exit code 0") == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.md", "projection.log", "step-0.5B.log"]
+    assert "| on from it | 2 | " in report
+    assert report.count("exit code 0") == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.md", *(f"{part}.log" for part in parts)}
     late = run("--mini", "--minutes", "0", "--parts", "step-3B", "--output", str(tmp_path))
     assert late.returncode == 1
     assert "## step-3B\nnot begun: the time was over" in (tmp_path / "gpu.md").read_text()

@@ -80,9 +80,8 @@ def test_memory():
     assert one.teacher == 8 * eight.teacher == 2 * QWEN_3B.parameters
     assert 0 < one.gathered == eight.gathered < one.trained / 8
     assert one.activations == 8192 * 2048 * (2 * 36 + 34)
-    assert 60 * GIB < one.total < 70 * GIB
-    assert one.total == one.trained + one.teacher + one.optimizer
-    assert eight.total == sum(eight) - eight.optimizer
+    assert 50 * GIB < one.total < 60 * GIB
+    assert eight.total == sum(eight)
     assert memory_per_gpu(QWEN_3B, None, gpus=1, positions_per_gpu=1).teacher == 0
     with pytest.raises(ValueError, match="gpus"):
         memory_per_gpu(QWEN_3B, None, gpus=0, positions_per_gpu=1)
