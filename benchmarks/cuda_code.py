@@ -117,11 +117,14 @@ def trace(terms: LossTerms, *, chunk: int, vocab: int, teacher_vocab: int, real:
     return graphs[0]
 
 
-def lower(graph: Any, inputs: list[Any]) -> str:
-    """The Python and Triton source that Inductor makes of a graph for a GPU; after `pretend`."""
+def lower(
+    graph: Any, inputs: list[Any], options: dict[str, Any], *, is_inference: bool = True, is_backward: bool = False
+) -> str:
+    """The Python and Triton source that Inductor makes of a graph for a GPU; after `pretend`. The graph is changed."""
     import torch._inductor.compile_fx as compile_fx
     from torch._guards import TracingContext, tracing
     from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -143,10 +146,14 @@ def lower(graph: Any, inputs: list[Any]) -> str:
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": device}
     graph.recompile()
+    view_to_reshape(graph)  # type: ignore[no-untyped-call]
     FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*moved)  # type: ignore[no-untyped-call]
-    with inductor_config.patch(rows._COMPILER_OPTIONS), V.set_fake_mode(mode):
-        compile_fx._recursive_post_grad_passes(graph, is_inference=True)
-        lowering = GraphLowering(graph, example_inputs=moved, shape_env=mode.shape_env, is_inference=True)
+    compile_fx.record_original_output_strides(graph)
+    with inductor_config.patch(options), V.set_fake_mode(mode):
+        compile_fx._recursive_post_grad_passes(graph, is_inference=is_inference)
+        lowering = GraphLowering(
+            graph, example_inputs=moved, shape_env=mode.shape_env, is_inference=is_inference, is_backward=is_backward
+        )
         with DebugContext(), V.set_graph_handler(lowering), tracing(TracingContext(mode)):
             lowering.run(*moved)  # type: ignore[no-untyped-call]
             return str(lowering.codegen()[0].value)
@@ -157,13 +164,9 @@ def kernels_of(source: str) -> list[tuple[str, str]]:
     return re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", source, re.DOTALL)
 
 
-def compile_kernel(name: str, code: str, folder: Path) -> dict[str, Any]:
-    """Compile as Inductor would choose to; registers, spills, widths of loads, and instructions in each loop."""
-    import triton
-    import triton.backends.nvidia as nvidia  # type: ignore[import-untyped]
+def load_kernel(name: str, code: str, heuristic: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A Triton kernel, and the settings that Inductor's decorator ``heuristic`` is given for it."""
     from torch._inductor.runtime import triton_helpers, triton_heuristics
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
     asked: dict[str, Any] = {}
 
@@ -171,17 +174,23 @@ def compile_kernel(name: str, code: str, folder: Path) -> dict[str, Any]:
         asked.update(settings)
         return lambda kernel: kernel
 
-    triton_heuristics.reduction = keep  # type: ignore[assignment]
+    setattr(triton_heuristics, heuristic, keep)
     triton_helpers.set_driver_to_gpu = lambda: None
     path = folder / f"{name[:40]}.py"
     path.write_text(code)
-    kernel = getattr(_import(path), name)
-    meta, sizes = asked["triton_meta"], asked["size_hints"]
-    choice = triton_heuristics._reduction_configs(
-        size_hints=sizes, inductor_meta=asked["inductor_meta"], triton_meta=meta, num_dynamic=0
-    )[0]
-    source = ASTSource(kernel, signature=meta["signature"], constexprs=choice.kwargs, attrs=meta["configs"][0])
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    return getattr(_import(path), name), asked
+
+
+def compile_kernel(
+    kernel: Any, meta: dict[str, Any], constants: dict[str, Any], options: dict[str, int], folder: Path
+) -> tuple[dict[str, Any], str, str]:
+    """Registers, spilled bytes and bytes of shared memory of a kernel on an H200; its PTX; its instructions."""
+    import triton
+    import triton.backends.nvidia as nvidia  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+    source = ASTSource(kernel, signature=meta["signature"], constexprs=constants, attrs=meta["configs"][0])
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
@@ -192,16 +201,29 @@ def compile_kernel(name: str, code: str, folder: Path) -> dict[str, Any]:
 
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
     assert usage is not None
+    figures = {"registers": int(usage[1]), "spilled_bytes": int(usage[2]), "shared_bytes": compiled.metadata.shared}
+    return figures, compiled.asm["ptx"], dump("--dump-sass")
+
+
+def compile_reduction(name: str, code: str, folder: Path) -> dict[str, Any]:
+    """Compile as Inductor would choose to; registers, spills, widths of loads, and instructions in each loop."""
+    from torch._inductor.runtime import triton_heuristics
+
+    kernel, asked = load_kernel(name, code, "reduction", folder)
+    meta, sizes = asked["triton_meta"], asked["size_hints"]
+    choice = triton_heuristics._reduction_configs(
+        size_hints=sizes, inductor_meta=asked["inductor_meta"], triton_meta=meta, num_dynamic=0
+    )[0]
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    figures, ptx, sass = compile_kernel(kernel, meta, choice.kwargs, options, folder)
     elements = choice.kwargs["R0_BLOCK"] * choice.kwargs["XBLOCK"] // (32 * choice.num_warps)
-    loops = [round(count / elements, 1) for count in _loops(dump("--dump-sass"))]
-    widths = re.findall(r"ld\.global[\w:.]*\.v(\d)\.b32", compiled.asm["ptx"])
+    widths = re.findall(r"ld\.global[\w:.]*\.v(\d)\.b32", ptx)
     return {
         "block": choice.kwargs["R0_BLOCK"],
         "warps": choice.num_warps,
-        "registers": int(usage[1]),
-        "spilled_bytes": int(usage[2]),
+        **figures,
         "bytes_per_load": 4 * max((int(width) for width in widths), default=0),
-        "instructions_per_column": loops,
+        "instructions_per_column": [round(count / elements, 1) for count in _loops(sass)],
     }
 
 
@@ -235,7 +257,7 @@ def look(name: str, source: str, args: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"objective": name, "kernels": len(kernels), "whole_tensors": whole}
     row |= {"reads": reads, "writes": writes}
     with tempfile.TemporaryDirectory() as folder:
-        row |= compile_kernel(*kernels[0], Path(folder))
+        row |= compile_reduction(*kernels[0], Path(folder))
     columns = args.chunk * args.vocab
     row["bytes_ms"] = (reads + writes) * 2 * columns / _BYTES_PER_SECOND * 1e3
     issued = columns / 32 * sum(row["instructions_per_column"])
@@ -256,7 +278,7 @@ def main() -> None:
     sizes = {"chunk": args.chunk, "vocab": args.vocab, "teacher_vocab": args.teacher_vocab, "real": args.real}
     graphs = {name: trace(OBJECTIVES[name], **sizes) for name in args.objectives}
     pretend()
-    table = [look(name, lower(*graph), args) for name, graph in graphs.items()]
+    table = [look(name, lower(*graph, rows._COMPILER_OPTIONS), args) for name, graph in graphs.items()]
     print(f"torch {torch.__version__}, {args.chunk:,} × {args.vocab:,} bf16 logits, {args.real:,} tokens\n")
     head = ["objective", "kernels", "whole tensors", "reads + writes of a row", "registers", "spilled", "bytes a load"]
     head += ["instructions a column, by pass", "ms by bytes", "ms by instructions"]

@@ -117,8 +117,8 @@ def train(folder: Path, stage: int, args: argparse.Namespace, *options: str) -> 
     return [steps[number] for number in sorted(steps)]
 
 
-def report(name: str, steps: list[dict[str, float]], args: argparse.Namespace) -> str:
-    """A row of the table."""
+def report(name: str, steps: list[dict[str, float]], trained: int, args: argparse.Namespace) -> str:
+    """A row of the table, of a run that trained so many parameters."""
     seconds = [
         (later["train/tokens"] - step["train/tokens"]) / later["train/tokens_per_second"]
         for step, later in itertools.pairwise(steps)
@@ -127,7 +127,10 @@ def report(name: str, steps: list[dict[str, float]], args: argparse.Namespace) -
     size = QWEN2_5.get(args.size) or TransformerSize(
         _parameters(args.size), vocab, dim, layers, heads * (dim // heads), tied
     )
-    predicted = memory_per_gpu(size, size, gpus=args.processes, positions_per_gpu=args.rows * args.context).total
+    predicted = memory_per_gpu(
+        size, size, gpus=args.processes, positions_per_gpu=args.rows * args.context,
+        connector_parameters=trained - size.parameters,
+    ).total  # fmt: skip
     peak = max(step["train/peak_memory_gib"] for step in steps)
     losses = " → ".join(f"{steps[at]['train/loss']:.3f}" for at in ((0, -1) if len(steps) > 1 else (0,)))
     pace = f"{statistics.median(seconds):.1f}" if seconds else "–"
@@ -161,13 +164,14 @@ def main() -> None:
         first = train(folder, 1, args)
         source = folder / "stage1" / "checkpoints" / "pre_decay.ckpt"
         stored = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+        trained = json.loads((folder / "stage1" / "fit.json").read_text())["trainable_parameters"]
         second = train(folder, 2, args, f"--model.init_args.init_from={source}",
                        "--model.init_args.require_pre_decay=true")  # fmt: skip
     print(f"torch {torch.__version__}, {args.size}, {args.processes} {args.device} process(es), {args.rows} rows of "
           f"{args.context} positions, pre_decay.ckpt {stored / GIB:.1f} GiB\n")  # fmt: skip
     print("| run | steps | loss | s a step | MFU | peak GiB a process | predicted |\n|---|---|---|---|---|---|---|")
-    print(report("Stage I", first, args))
-    print(report("on from it", second, args))
+    print(report("Stage I", first, trained, args))
+    print(report("on from it", second, trained, args))
 
 
 if __name__ == "__main__":

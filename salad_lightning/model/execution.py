@@ -37,7 +37,8 @@ class Execution:
 
     Args:
         activation_checkpointing: What a Transformer block keeps for its backward pass: ``none`` of it is computed
-            again, ``selective`` keeps attention and every second matrix product, ``full`` keeps the block's input only.
+            again, ``selective`` keeps attention (``flex``: where compiled) and every second matrix product, ``full``
+            keeps the block's input only.
         compile: Compile every block of the language models with ``torch.compile``. Rows of one length
             (``data.trim_rows: false``) are compiled once.
         attention: ``sdpa`` is torch's fused attention with the mask written out, for any device; ``flex`` is

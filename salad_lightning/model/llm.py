@@ -36,6 +36,10 @@ ADAPTERS = "adapter_config.json"
 # Far more unused rows than that means that the tokenizer belongs to another model.
 _MAX_UNUSED_ROWS = 0.05
 
+# Left to choose, Inductor takes its decoding kernel for rows of fewer than 128 positions, and fails where positions ×
+# query heads a key head are more than 128.
+_FLEX: dict[str, Any] = {"kernel_options": {"BACKEND": "TRITON"}}
+
 
 class LanguageModel(nn.Module):
     """A causal LM seen as: embeddings in, hidden states at chosen positions out, beside the head that reads them.
@@ -100,11 +104,13 @@ class LanguageModel(nn.Module):
         if embeddings_BSD is None:
             assert input_ids_BS is not None, "give input_ids_BS or embeddings_BSD"
             embeddings_BSD = self.embed(input_ids_BS)
+        flex = self.hf.config._attn_implementation == "flex_attention"
         hidden_BSD = self.hf.base_model(
             inputs_embeds=embeddings_BSD,
             position_ids=position_ids_BS,
             attention_mask=self._mask(document_ids_BS, position_ids_BS),
             use_cache=False,
+            **(_FLEX if flex else {}),
         ).last_hidden_state
         return Prediction(hidden_BSD.flatten(0, 1)[at_M], self.head())
 
@@ -122,15 +128,15 @@ class LanguageModel(nn.Module):
         return {name: build(document_ids_BS, position_ids_BS, reach) for name, reach in masks.items()}
 
     def _dense_mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor, window: int | None) -> Tensor:
-        """True where a position may look: its own document, not ahead. Padding sees padding, so no row is empty."""
+        """0 where a position may look: its own document, not ahead. Padding sees padding, so no row is empty."""
         same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
         allowed = same.tril()
         if window is not None:
             allowed = allowed & (position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < window)
-        if self.hf.config._attn_implementation != "eager":
-            return allowed
-        # Eager attention adds the mask to its scores.
-        dtype = self.hf.dtype
+        # Of booleans, torch would make this in every block, and keep it for the backward pass of each.
+        dtype, kind = self.hf.dtype, allowed.device.type
+        if self.hf.config._attn_implementation != "eager" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def _block_mask(self, document_ids_BS: Tensor, position_ids_BS: Tensor, window: int | None) -> BlockMask:

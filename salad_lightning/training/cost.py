@@ -149,22 +149,28 @@ class Memory(NamedTuple):
 
 
 def memory_per_gpu(
-    student: TransformerSize, teacher: TransformerSize | None, *, gpus: int, positions_per_gpu: int
+    student: TransformerSize,
+    teacher: TransformerSize | None,
+    *,
+    gpus: int,
+    positions_per_gpu: int,
+    connector_parameters: int = 0,
 ) -> Memory:
     """Predicted memory under FSDP2: everything sharded over ``gpus``, AdamW, every block's activations recomputed.
 
     A trained parameter takes 16 bytes (fp32 weight, gradient and two moments), a teacher's 2 (bf16). Gathered in bf16
     (on one GPU: copied) are two blocks (one at work, one prefetched) with the fp32 gradient of one, and the parameters
     outside the blocks, of both models, with the student's fp32 gradient. Activations are a bf16 hidden state a position
-    for every block, and 34 · dim bytes a position inside the one at work (Korthikanti et al., arXiv 2205.05198, section
-    4, without attention scores, which are never held). The projection holds its chunk: 1 GiB. AdamW, fused, takes
-    nothing besides; another optimizer may.
+    for every block, and 49 · dim bytes a position inside the one at work (what compiled blocks of Qwen2.5's shapes
+    keep, benchmarks/cuda_block.py; attention scores are never held). The projection holds its chunk: 1 GiB. AdamW,
+    fused, takes nothing besides; another optimizer may.
 
     Args:
         student: Fully trained.
         teacher: Frozen, or None.
         gpus: 1 or more.
         positions_per_gpu: Of one micro-batch.
+        connector_parameters: Trained beside the LLM.
 
     Raises:
         ValueError: If ``gpus`` is below 1.
@@ -176,10 +182,10 @@ def memory_per_gpu(
     teachers_outside = 0 if teacher is None else teacher.parameters - teacher.block_parameters
     gathered = 2 * 2 * block + 4 * block + (2 + 4) * outside + 2 * teachers_outside
     return Memory(
-        trained=16 * student.parameters / gpus,
+        trained=16 * (student.parameters + connector_parameters) / gpus,
         teacher=0.0 if teacher is None else 2 * teacher.parameters / gpus,
         gathered=gathered,
-        activations=positions_per_gpu * student.dim * (2 * student.num_layers + 34),
+        activations=positions_per_gpu * student.dim * (2 * student.num_layers + 49),
         projection=float(GIB),
     )
 
@@ -213,6 +219,7 @@ def predicted_table(
     mfu: float = 0.4,
     peak_flops_per_second: float = 989e12,
     gpu_gib: float = 80.0,
+    connector_parameters: int = 122_000_000,
 ) -> str:
     """Memory and GPU-hours of Stage I as a Markdown table: fully trained, FSDP2, KL against a teacher of the same size.
 
@@ -227,6 +234,7 @@ def predicted_table(
         mfu: Model FLOPs utilisation: measure it, and put it here.
         peak_flops_per_second: Of one GPU.
         gpu_gib: Memory of one GPU; what needs more is marked.
+        connector_parameters: Of the connector; the default is the recipe's.
     """
     lines = ["| LLM | GPUs | GiB a GPU | GPU-hours | days |", "|---|---|---|---|---|"]
     for name, size in sizes.items():
@@ -240,7 +248,16 @@ def predicted_table(
         )
         hours = gpu_hours(flops / 1_000_000, positions, peak_flops_per_second, mfu)
         for count in gpus:
-            memory = memory_per_gpu(size, size, gpus=count, positions_per_gpu=positions_per_gpu).total / GIB
+            memory = (
+                memory_per_gpu(
+                    size,
+                    size,
+                    gpus=count,
+                    positions_per_gpu=positions_per_gpu,
+                    connector_parameters=connector_parameters,
+                ).total
+                / GIB
+            )
             if memory > gpu_gib:
                 lines.append(f"| {name} | {count} | {memory:.0f}, does not fit {gpu_gib:.0f} | – | – |")
             else:

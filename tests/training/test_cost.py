@@ -79,7 +79,7 @@ def test_memory():
     assert one.trained == 8 * eight.trained == 16 * QWEN_3B.parameters
     assert one.teacher == 8 * eight.teacher == 2 * QWEN_3B.parameters
     assert 0 < one.gathered == eight.gathered < one.trained / 8
-    assert one.activations == 8192 * 2048 * (2 * 36 + 34)
+    assert one.activations == 8192 * 2048 * (2 * 36 + 49)
     assert 50 * GIB < one.total < 60 * GIB
     assert eight.total == sum(eight)
     assert memory_per_gpu(QWEN_3B, None, gpus=1, positions_per_gpu=1).teacher == 0
