@@ -21,15 +21,15 @@ def model(attention="sdpa"):
     return build_language_model(small_qwen2(64, 3, vocab_size=97), 97, attention)
 
 
-def run(llm, *, documents=None, seed=0):
-    """Hidden states of two rows of packed documents."""
-    ids = torch.randint(97, (2, 160), generator=torch.Generator().manual_seed(seed))
+def run(llm, *, documents=None, seed=0, rows=2):
+    """Hidden states of rows of packed documents."""
+    ids = torch.randint(97, (rows, 160), generator=torch.Generator().manual_seed(seed))
     starts = torch.tensor([0, 40, 97, 150])
     document_ids = (torch.arange(160)[:, None] >= starts).sum(1) - 1
     positions = torch.arange(160) - starts[document_ids]
     document_ids = document_ids if documents is None else documents
-    rows = [tensor.expand(2, -1) for tensor in (positions, document_ids)]
-    return llm(*rows, torch.arange(320), input_ids_BS=ids).hidden
+    packed = [tensor.expand(rows, -1) for tensor in (positions, document_ids)]
+    return llm(*packed, torch.arange(rows * 160), input_ids_BS=ids).hidden
 
 
 class Saved:
@@ -85,6 +85,14 @@ def compiled_equals_plain():
     torch.testing.assert_close((compiled_loss, compiled), (loss, plain), rtol=1e-3, atol=1e-3)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    teacher = model().eval().requires_grad_(False)
+    prepare_blocks(teacher.blocks, Execution(compile=True), trained=False)
+    with torch.no_grad():
+        made = []
+        for rows in (2, 3, 5, 4, 7):  # as many as transcripts fill
+            run(teacher, rows=rows, seed=rows)
+            made.append(counters["stats"]["unique_graphs"] - 1)
+    assert made[1:] == [2] * 4, f"{made}: a graph for two rows, one for any number"
 
 
 def test_selective_runs_fewer_products_twice():
