@@ -32,6 +32,8 @@ PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "step-3B": (5, (*STEP, "--size", "3B", "--rows", "4", "--no-table")),
     "tests-projection": (4, (*TESTS, "tests/gpu/test_projection_gpu.py")),
     "tests-training": (6, (*TESTS, "tests/gpu/test_training_gpu.py")),
+    # What comes once a step weighs half as much. The plain step may not fit.
+    "step-3B-8-rows": (4, (*STEP, "--size", "3B", "--rows", "8", "--documents", "1024", "--no-table")),
     "step-0.5B": (4, (*STEP, "--size", "0.5B", "--rows", "12", "--documents", "1024", "--no-table")),
     "step-3B-sdpa": (4, ("-m", "benchmarks.step", "--size", "3B", "--rows", "4", "--no-table")),
     "rehearsal-0.5B": (5, (*REHEARSAL, "--rows", "8", "--steps", "12")),
