@@ -35,6 +35,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from document_blocks import DOCUMENTS, ROOT, blocks, command_lines, shown_files, words_of
 from transformers import BertConfig, BertModel
@@ -78,6 +79,8 @@ SIZES = {
     "rows": 4,
     "rows_per_batch": 2,
     "share": 0.5,
+    "speech_words": [2, 5],  # so that every text of 10 words is heard and predicted
+    "text_words": [1, 4],
     "texts_per_cluster": 2,
     "val_check_interval": 2,
     "workers": 1,
@@ -121,7 +124,9 @@ def save_models(folder):
     embeddings = folder / "BAAI" / "bge-large-en-v1.5"
     save_tiny_tokenizer(embeddings)
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    BertModel(BertConfig(vocab_size=300, **small)).save_pretrained(embeddings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=300, **small)).save_pretrained(embeddings)
 
 
 def save_libriheavy(folder):
@@ -194,7 +199,7 @@ def save_corpora(folder):
         run("prepare", "--tars", folder / "tars" / name, "--output", data / name)
     save_speech_shards(data / "raw" / "libriheavy", num_samples=4, timed=False)
     for number, name in enumerate(("smollm_corpus", "fineweb_edu")):
-        save_text_shards(data / name, num_words=(6, 12), seed=number)
+        save_text_shards(data / name, num_words=(10, 16), seed=number)
     save_choice_shards(data / "my_questions")
     choices = {"text": ["dry palms", "wet palms", "oil", "lotion"], "label": ["A", "B", "C", "D"]}
     for part, questions in (("train", ["Which is best?", "Which is worst?"]), ("test", ["Which is warm?"])):
