@@ -100,8 +100,8 @@ def train(folder: Path, stage: int, args: argparse.Namespace, *options: str) -> 
     name, overlay = f"stage{stage}", folder / "rehearsal.yaml"
     overlay.write_text(yaml.safe_dump(settings(folder, stage, args)))
     files = (RECIPES / "stage1.yaml", RECIPES / "scale" / "8gpu.yaml", overlay)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
-    command += ["--master-port", str(args.port), "-m", "salad_lightning", "fit"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a port that is free
+    command += ["--nproc-per-node", str(args.processes), "-m", "salad_lightning", "fit"]
     command += [part for file in files for part in ("--config", str(file))]
     command += [f"--trainer.default_root_dir={folder / name}", *options]
     threads = str(max(1, (os.cpu_count() or 1) // args.processes))
@@ -109,7 +109,7 @@ def train(folder: Path, stage: int, args: argparse.Namespace, *options: str) -> 
     done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     if done.returncode:
         raise SystemExit(f"{name} ended with {done.returncode}; its output is above")
-    (metrics,) = (folder / name).glob("logs/version_0/metrics.csv")
+    metrics = max((folder / name).glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     steps: dict[int, dict[str, float]] = {}
     with open(metrics, newline="") as file:
         for row in csv.DictReader(file):
@@ -154,11 +154,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="as the recipe does")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "flex"])
-    parser.add_argument("--port", type=int, default=29_511, help="of the processes' meeting place")
     parser.add_argument("--folder", type=Path, help="keep models and runs here; by default a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or Path(temporary)).resolve()
+        folder = (args.folder or Path(temporary)).resolve() / args.size
         folder.mkdir(parents=True, exist_ok=True)
         write_world(folder, args.size)
         first = train(folder, 1, args)

@@ -23,7 +23,7 @@ from salad_lightning.commands.parse_errors import explain
 from salad_lightning.commands.quiet import quieten
 from salad_lightning.commands.settings import Setting, check_part_names, read_settings
 from salad_lightning.errors import UserError
-from salad_lightning.model.checkpoint_folder import restore_folders
+from salad_lightning.model.checkpoint_folder import older_checkpoint, restore_folder
 from salad_lightning.registry import MODEL_KINDS, load_all
 from salad_lightning.training.callbacks import checkpoint_folder
 
@@ -110,9 +110,10 @@ class SaladCLI(LightningCLI):
         """Build; a size or name that a class refuses is the configuration's mistake."""
         path = self._get(self.config, "ckpt_path")
         if path and path not in _CHECKPOINT_NAMES and "://" not in str(path) and not Path(path).exists():
-            restore_folders(Path(path).parent)
+            if self._chosen == "fit":
+                restore_folder(Path(path))
             if not Path(path).exists():
-                cure = "give the path of a checkpoint, or `last`"
+                cure = older_checkpoint(path) or "give the path of a checkpoint, or `last`"
                 raise UserError("no such checkpoint", where=f"ckpt_path: {path}", cure=cure)
         try:
             super().instantiate_classes()
@@ -125,10 +126,11 @@ class SaladCLI(LightningCLI):
                 raise UserError(first.what, where=first.where, cure=first.cure) from error
             cure = "correct the configuration (full traceback: SALAD_DEBUG=1)"
             raise UserError(str(first), where=f"building what `{self._chosen}` needs", cure=cure) from error
-        if path in _CHECKPOINT_NAMES and self._chosen == "fit":
-            restore_folders(checkpoint_folder(self.trainer))
-        elif path in _CHECKPOINT_NAMES:
+        if self._chosen != "fit" and path in _CHECKPOINT_NAMES:
             self._check_named_checkpoint(str(path))
+        elif path == "last":
+            for old in self._last_checkpoints(".old"):
+                restore_folder(old.with_suffix(""))
         self._check_fit_of(str(path) if path else "")
 
     def _check_fit_of(self, path: str) -> None:
@@ -144,15 +146,20 @@ class SaladCLI(LightningCLI):
         """Lightning would only warn, and then measure untrained weights."""
         folder = checkpoint_folder(self.trainer)
         if name != "last" or not self._last_checkpoints():
-            found = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))[:8]) or "nothing"
+            held = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))[:8]) or "nothing"
+            killed = [older_checkpoint(old.with_suffix("")) for old in self._last_checkpoints(".old")]
             raise UserError(
                 f"there is no `{name}` checkpoint to {self._chosen}",
                 where=f"ckpt_path: {name}",
-                cure=f"give the path of one; {folder} holds {found}",
+                cure=killed[0] if killed else f"give the path of one; {folder} holds {held}",
             )
 
-    def _last_checkpoints(self) -> list[Path]:
-        return list(checkpoint_folder(self.trainer).glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"))
+    def _last_checkpoints(self, suffix: str = "") -> list[Path]:
+        """Where Lightning looks for them: in the folders of all callbacks that save."""
+        callbacks = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        folders = {checkpoint_folder(self.trainer), *(Path(one.dirpath) for one in callbacks if one.dirpath)}
+        pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt{suffix}"
+        return [path for folder in sorted(folders) for path in folder.glob(pattern)]
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""

@@ -32,7 +32,7 @@ class SelfSupervisedEncoder(Encoder):
         normalize: Whether each clip is brought to zero mean and unit variance first. By default as the model's
             ``preprocessor_config.json`` says (``do_normalize``).
         dtype: Of weights and products. ``bfloat16`` takes a fraction of the time on a GPU; its frames differ from those
-            of ``float32`` in the third digit, and shards encoded by the one are refused by the other.
+            of ``float32`` by one or two per cent, and shards encoded by the one are refused by the other.
 
     Raises:
         UserError: If the model cannot be loaded, or nothing says whether to normalise.

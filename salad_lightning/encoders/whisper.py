@@ -31,7 +31,7 @@ class WhisperEncoder(Encoder):
         layers: ``last``: the normalised output, one layer. ``all``: what Hugging Face calls hidden states, that is the
             input of each Transformer layer and the normalised output.
         dtype: Of weights and products. ``bfloat16`` takes a fraction of the time on a GPU; its frames differ from those
-            of ``float32`` in the third digit, and shards encoded by the one are refused by the other.
+            of ``float32`` by one or two per cent, and shards encoded by the one are refused by the other.
 
     Raises:
         UserError: If the model cannot be loaded.

@@ -28,10 +28,11 @@ from salad_lightning.errors import UserError
 __all__ = [
     "is_checkpoint_folder",
     "load_into",
+    "older_checkpoint",
     "read_extra",
     "read_whole",
     "replace_folder",
-    "restore_folders",
+    "restore_folder",
     "stored_shapes",
 ]
 
@@ -174,16 +175,21 @@ def replace_folder(aside: Path, final: Path) -> None:
     _remove(old)
 
 
-def restore_folders(folder: Path) -> None:
-    """Give the older checkpoints in a folder their names back, where a run was killed within `replace_folder`.
+def restore_folder(final: Path) -> None:
+    """Give an older checkpoint its name back, where a run was killed within `replace_folder`; for that run alone.
 
-    Every process of a run may do so at the same time.
+    Every process of the run may do so at the same time.
     """
-    for old in folder.glob(f"*{_OLD}"):
-        final = old.with_name(old.name.removesuffix(_OLD))
-        if is_checkpoint_folder(old) and not final.exists():
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                os.replace(old, final)
+    old = final.with_name(final.name + _OLD)
+    if is_checkpoint_folder(old) and not final.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.replace(old, final)
+
+
+def older_checkpoint(path: str | os.PathLike[str]) -> str:
+    """What to do where a checkpoint is missing since a run was killed within `replace_folder`; empty elsewhere."""
+    old = Path(f"{path}{_OLD}")
+    return f"its run was killed while it saved, go on with it or give {old}" if is_checkpoint_folder(old) else ""
 
 
 def _remove(path: Path) -> None:

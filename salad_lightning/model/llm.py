@@ -79,6 +79,11 @@ class LanguageModel(nn.Module):
         soft_cap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, soft_cap, self.vocab_size)
 
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """What any forward pass of ``hf`` is to be given for its attention."""
+        return _FLEX if self.hf.config._attn_implementation == "flex_attention" else {}
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[…, D]`` of ids ``[…]``."""
         return self.hf.get_input_embeddings()(input_ids)  # type: ignore[no-any-return]
@@ -104,13 +109,12 @@ class LanguageModel(nn.Module):
         if embeddings_BSD is None:
             assert input_ids_BS is not None, "give input_ids_BS or embeddings_BSD"
             embeddings_BSD = self.embed(input_ids_BS)
-        flex = self.hf.config._attn_implementation == "flex_attention"
         hidden_BSD = self.hf.base_model(
             inputs_embeds=embeddings_BSD,
             position_ids=position_ids_BS,
             attention_mask=self._mask(document_ids_BS, position_ids_BS),
             use_cache=False,
-            **(_FLEX if flex else {}),
+            **self.attention_options,
         ).last_hidden_state
         return Prediction(hidden_BSD.flatten(0, 1)[at_M], self.head())
 
@@ -135,7 +139,8 @@ class LanguageModel(nn.Module):
             allowed = allowed & (position_ids_BS[:, None, :, None] - position_ids_BS[:, None, None, :] < window)
         # Of booleans, torch would make this in every block, and keep it for the backward pass of each.
         dtype, kind = self.hf.dtype, allowed.device.type
-        if self.hf.config._attn_implementation != "eager" and torch.is_autocast_enabled(kind):
+        cast = kind != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        if cast and self.hf.config._attn_implementation != "eager":
             dtype = torch.get_autocast_dtype(kind)
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 

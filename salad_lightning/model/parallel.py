@@ -123,8 +123,8 @@ def compute_dtype(precision: str) -> torch.dtype:
     Raises:
         UserError: For precisions that would train half-precision master weights or need loss scaling.
     """
-    if precision in ("32-true", "64-true"):
-        return torch.float32 if precision == "32-true" else torch.float64
+    if precision == "32-true":
+        return torch.float32
     if precision == "bf16-mixed":
         return torch.bfloat16
     raise UserError(

@@ -15,6 +15,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,7 +25,7 @@ from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
-from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, read_whole
+from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, older_checkpoint, read_whole
 from salad_lightning.model.parallel import check_device, compute_dtype
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speed_monitor import SpeedMonitor, Work
@@ -197,16 +199,13 @@ class TokenLossModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all processes, or as ``trainer.gradient_clip_algorithm`` says.
+        """Clip as the trainer says, by default by the norm over all processes.
 
-        Lightning refuses fused optimizers, since those may undo the scaling of a loss; without fp16 there is none.
+        Lightning's plugin for mixed precision refuses fused optimizers, since those may undo the scaling of a loss.
+        Without fp16 there is none, so this asks the plugin that it refines.
         """
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Groups by `parameter_rates`, each split by whether weight decay applies (matrices only)."""
@@ -301,6 +300,11 @@ class TokenLossModule(LightningModule):
             )
         self._started = time.perf_counter()
 
+    def on_train_start(self) -> None:
+        """Step as this machine does, whichever wrote the optimizer's state."""
+        for optimizer in self.trainer.optimizers:
+            _restore_fused(optimizer)
+
     def on_fit_end(self) -> None:
         """Write ``fit.json``: what the run cost."""
         if not self.trainer.is_global_zero:
@@ -389,6 +393,20 @@ def _frozen_names(module: nn.Module) -> set[str]:
     return frozen
 
 
+def _restore_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer be fused as it was made: loading its state brings the setting of the machine that wrote it."""
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        if group.get("fused") == fused or group.get("capturable"):
+            continue
+        group["fused"] = fused
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                # Elsewhere it would be read back from the device, for each parameter in each step.
+                state["step"] = state["step"].to(parameter.device if fused else "cpu")
+
+
 def _check_trainer(trainer: Any) -> None:
     problem = ""
     if trainer.max_steps < 1:
@@ -416,7 +434,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline
     Raises:
         UserError: If there is no such file, or it is no checkpoint.
     """
-    where, cure = str(path), "give the path of a .ckpt file that a run has written"
+    where, cure = str(path), older_checkpoint(path) or "give the path of a .ckpt file that a run has written"
     if is_checkpoint_folder(path):
         return read_whole(path, weights_only=weights_only, outline=outline)
     try:

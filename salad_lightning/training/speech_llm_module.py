@@ -242,6 +242,7 @@ class SpeechLLMModule(MeasuredModule):
 
     @property
     def _wants_teacher(self) -> bool:
+        """Whether it is loaded from the start, and not when it is asked."""
         return not self._teaches_itself
 
     def _report_quantization(self, llm: LanguageModel, place: Placement) -> None:
@@ -303,6 +304,7 @@ class SpeechLLMModule(MeasuredModule):
 
     def on_train_start(self) -> None:
         """Log, once, what quantisation changed."""
+        super().on_train_start()
         if self._probe_kl is not None:
             for logger in self.trainer.loggers:
                 logger.log_metrics({"train/quantization_kl": self._probe_kl}, step=0)
@@ -346,7 +348,9 @@ class SpeechLLMModule(MeasuredModule):
             with adapters_off(self.model.llm):
                 return predict_transcripts(self.model.llm, batch)
         if self._teacher is None:
-            raise RuntimeError("the teacher is loaded by a Trainer; this module is not attached to one")
+            if self._trainer is None:
+                raise RuntimeError("the teacher is loaded by a Trainer; this module is not attached to one")
+            self._teacher = (self._load_teacher(self._placement()),)  # of a module that seldom wants one
         return predict_transcripts(self._teacher[0], batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

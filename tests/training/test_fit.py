@@ -151,9 +151,10 @@ def test_frozen_weights_stay_bit_for_bit(world, pattern, fixed, free):
 
 @pytest.mark.parametrize(
     ("patterns", "dtype"),
-    [(["llm.*"], torch.bfloat16), (["llm.hf.*"], torch.bfloat16), (["*mlp*"], torch.float32)],
+    [(["llm.*"], torch.bfloat16), (["llm.hf.*"], torch.bfloat16), (["*layers.0*"], torch.float32)],
 )
 def test_a_frozen_llm_is_held_in_the_compute_dtype(world, patterns, dtype):
+    DtypeOfLLM.seen = None
     run = world.run("fit", f"held-{len(patterns[0])}", "--trainer.max_steps=1", f"--model.freeze={patterns}",
                     "--trainer.precision=bf16-mixed", "--trainer.callbacks+=DtypeOfLLM")  # fmt: skip
     assert DtypeOfLLM.seen == dtype

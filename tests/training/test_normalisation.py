@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -23,6 +24,7 @@ from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
 from salad_lightning.testing.tiny import save_tiny_llm
+from salad_lightning.training.base import default_optimizer
 from salad_lightning.training.connector_warmup_module import ConnectorWarmupModule
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
@@ -64,7 +66,7 @@ class Seeded(SpeechLLMModule):
         super().configure_model()
 
 
-def build(world, connector=MLPConnector, module_class=SpeechLLMModule, llm="llm", **options):
+def build(world, connector=MLPConnector, module_class=SpeechLLMModule, llm="llm", optimizer=Recorder, **options):
     seed_everything(0, verbose=False)
     return module_class(
         llm=str(world.folder / llm),
@@ -74,7 +76,7 @@ def build(world, connector=MLPConnector, module_class=SpeechLLMModule, llm="llm"
         context=128,
         connector_lr=0.05,
         llm_lr=0.05,
-        optimizer=Recorder,
+        optimizer=optimizer,
         schedule=WarmupStableDecay(warmup_steps=0, decay_fraction=0.0),
         **options,
     )
@@ -137,7 +139,7 @@ def train(world, rows, name, *, rows_per_batch=4, steps=STEPS, module=None, **op
     run = TinyRun(folder)
     logged = {name for row in run.metrics() for name in row}
     names = [name for name in FIGURES if f"train/{name}" in logged]
-    return trainer.optimizers[0].seen, {name: run.column(f"train/{name}") for name in names}
+    return getattr(trainer.optimizers[0], "seen", []), {name: run.column(f"train/{name}") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -253,13 +255,36 @@ def test_so_do_those_of_other_kinds(world, rows, strategy, kind):
         pytest.importorskip("bitsandbytes")
         save_tiny_llm(world.folder / "wide", width=128)  # 4-bit weights come in blocks
     module, _ = of_kind(world, kind)
-    gradients, logged = train(world, rows, f"{kind}-alone", module=module)
+    gradients, logged = train(world, rows, f"{strategy}-{kind}-alone", module=module)
     together, run = train_on_two(world, rows, strategy, kind)
-    assert logged
+    assert {"losing": "own", "warmup": "ctc"}.get(kind, "kl") in logged
     for figure, values in logged.items():
         assert max(values) > 0, figure
         assert run.column(f"train/{figure}") == pytest.approx(values, rel=1e-5), figure
     assert_same_gradients(together, gradients, rel=1e-4)
+
+
+def test_warm_up_loads_a_teacher_only_when_it_is_asked(world, rows):
+    module, _ = of_kind(world, "warmup")
+    train(world, rows, "warm", module=module, steps=1)
+    assert module._teacher is None
+    assert torch.isfinite(module.teach(collate([rows[0][0]], context=128, rows_per_batch=1)).hidden).all()
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fused_steps_are_clipped_like_others(world, rows, precision, algorithm):
+    """As by default on a GPU; a negative limit is none, as with Lightning."""
+    losses = {}
+    for fused, limit in ((False, 0.01), (True, 0.01), (True, -1.0), (True, None)):
+        module = build(world, optimizer=functools.partial(default_optimizer, fused=fused))
+        _, logged = train(
+            world, rows, f"{precision}-{algorithm}-{fused}-{limit}", module=module, precision=precision,
+            gradient_clip_val=limit, gradient_clip_algorithm=algorithm,
+        )  # fmt: skip
+        losses[fused, limit] = logged["loss"]
+    assert losses[True, 0.01] == pytest.approx(losses[False, 0.01], rel=1e-5 if precision == "32-true" else 1e-2)
+    assert losses[True, -1.0] == losses[True, None]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])

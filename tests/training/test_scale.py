@@ -33,6 +33,7 @@ from salad_lightning.training.speech_llm_module import SpeechLLMModule
 
 pytestmark = pytest.mark.slow
 STEPS, HALF, ROWS = 20, 10, 4
+FUSED = ("bf16", "ddp", "sharded")  # runs that step as a GPU does by default
 
 
 def build(world, **options):
@@ -103,6 +104,8 @@ class Halfway(Callback):
             check_shards(pl_module, torch.bfloat16 if name == "bf16" else torch.float32)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        fused = Path(trainer.default_root_dir).name in FUSED  # whatever wrote the state that it goes on from
+        assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}
         assert {p.grad.dtype for p in pl_module.parameters() if p.grad is not None} == {torch.float32}
 
     def on_train_batch_end(self, trainer, *_):
@@ -175,8 +178,7 @@ def main_of_rank(folder, name, count, ckpt_path=""):
     strategy = "ddp" if name == "ddp" else FullyShardedStrategy(shard_encoder=name == "four")
     precision = "bf16-mixed" if name == "bf16" else "32-true"
     options = {"devices": int(count), "strategy": strategy, "precision": precision, "callbacks": [Halfway()]}
-    fused = name in ("bf16", "ddp", "sharded")  # as by default on a GPU
-    model = {"optimizer": functools.partial(default_optimizer, fused=fused)}
+    model = {"optimizer": functools.partial(default_optimizer, fused=name in FUSED)}
     train(world, steps, name, ckpt_path=ckpt_path or None, model=model, **options)
 
 

@@ -145,13 +145,16 @@ def test_an_older_folder_goes_when_the_new_one_stands(stage1, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["last", "path"])
-def test_a_run_killed_between_two_names_goes_on(world, stage1, name):
+def test_a_run_killed_between_two_names_goes_on(world, stage1, name, capsys):
     """`replace_folder` has given the older folder another name, and not yet the newer one its own."""
     folder = world.folder / f"killed-{name}" / "checkpoints"
     shutil.copytree(stage1 / "pre_decay.ckpt", folder / "last.ckpt.old")
     shutil.copytree(stage1 / "final.ckpt", folder / "last.ckpt.part")
     path = "last" if name == "last" else str(folder / "last.ckpt")
     step = load_checkpoint(stage1 / "pre_decay.ckpt", weights_only=True)["global_step"]
+    for option in (f"--ckpt_path={path}", f"--model.init_from={folder / 'last.ckpt'}"):  # not that run itself
+        assert main(world.arguments("test", f"killed-{name}", option)) == 2
+        assert f"give {folder / 'last.ckpt.old'}" in capsys.readouterr().err
     trainer = {"strategy": SHARDED, "max_steps": 6}
     assert fit(world, f"killed-{name}", {}, trainer, f"--ckpt_path={path}") == 0
     rows = TinyRun(folder.parent).metrics()

@@ -130,6 +130,7 @@ def sample(model: SpeechLLM, prompts: SpeechBatch, num_tokens: int, temperature:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **model.llm.attention_options,
         )
         # Rows of the head beyond the tokenizer are padding.
         logits_PV = output.logits[:, -1, : model.llm.vocab_size].float()
