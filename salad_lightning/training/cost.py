@@ -219,7 +219,7 @@ def predicted_table(
     mfu: float = 0.4,
     peak_flops_per_second: float = 989e12,
     gpu_gib: float = 80.0,
-    connector_parameters: int = 122_000_000,
+    connector_parameters: int = 120_000_000,
 ) -> str:
     """Memory and GPU-hours of Stage I as a Markdown table: fully trained, FSDP2, KL against a teacher of the same size.
 
