@@ -4,7 +4,8 @@ A block of Qwen2.5's shape is prepared as for training (bf16 weights, as FSDP2 g
 with its mask of packed documents, and lowered by Inductor for an H200 that this process only pretends to have; its
 attention kernels are compiled for compute capability 9.0. The teacher's block has no backward pass, and is compiled for
 any number of rows. Printed are graph breaks, kernels, bytes that wait for the backward pass, what is computed again
-there, and what attention takes of a multiprocessor. No time here is measured: that takes a GPU.
+there, operations of the products and bytes that the other kernels move (forward + backward), and what attention takes
+of a multiprocessor. No time here is measured: that takes a GPU.
 
 It uses internals of torch 2.11, and patches torch for the rest of the process.
 
@@ -146,6 +147,16 @@ def computed(graph: Any, operations: Any) -> int:
     return sum(node.target in operations for node in graph.graph.nodes)
 
 
+def product_flops(graph: Any) -> int:
+    """Operations of the products of matrices in a graph."""
+    total = 0
+    for node in graph.graph.nodes:
+        if node.target in _PRODUCTS:
+            left, right = (argument.meta["val"].shape for argument in node.args[-2:])
+            total += 2 * int(left[0]) * int(left[1]) * int(right[1])
+    return total
+
+
 def calls(source: str) -> tuple[int, int]:
     """Triton kernels that a compiled graph starts, and calls of libraries."""
     body = source[source.index("def call") : source.index("def get_args")]
@@ -177,10 +188,11 @@ def look(size: str, attention: str, checkpointing: str, graphs: Graphs, position
             row["attention_again"] = computed(graph, _ATTENTIONS)
         elif not is_inference:
             row["saved_bytes"] = sum(value.untyped_storage().nbytes() for value in saved(graph)) / positions
-        source = lower(graph, inputs, {}, is_inference=is_inference, is_backward=is_backward)
         part = "backward" if is_backward else "forward"
-        row[part] = dict(zip(("triton", "library"), calls(source), strict=True))
-        row[part]["attention"] = attention_kernels(source)
+        row[part] = {} if is_inference else {"product_flops": product_flops(graph) / positions}
+        source, moved_bytes = lower(graph, inputs, {}, is_inference=is_inference, is_backward=is_backward)
+        row[part] |= dict(zip(("triton", "library"), calls(source), strict=True))
+        row[part] |= {"moved_bytes": moved_bytes / positions, "attention": attention_kernels(source)}
     return row
 
 
@@ -196,8 +208,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     again = f"{row['products_again']} + {row['attention_again']}" if "backward" in row else ""
     kept = f"{row['saved_bytes']:,.0f}" if "saved_bytes" in row else ""
+    both = [row[name] for name in ("forward", "backward") if "product_flops" in row.get(name, {})]
+    products = " + ".join(f"{one['product_flops'] / 1e6:.0f}" for one in both)
+    moved = " + ".join(f"{one['moved_bytes'] / 1e3:.0f}" for one in both)
     names = [row["size"], row["attention"], row["checkpointing"], str(row["graph_breaks"])]
-    return [*names, kept, again, *part("forward"), *part("backward")]
+    return [*names, kept, again, products, moved, *part("forward"), *part("backward")]
 
 
 def main() -> None:
@@ -222,7 +237,8 @@ def main() -> None:
     table = [look(*part, args.rows * args.context) for part in traced]
     print(f"torch {torch.__version__}, {args.rows} × {args.context:,} positions, bf16\n")
     head = ["size", "attention", "checkpointing", "graph breaks", "saved bytes a position"]
-    head += ["again in backward: products + attention", "forward: Triton + library calls", "its attention"]
+    head += ["again in backward: products + attention", "products, MFLOP a position", "other kernels, KB a position"]
+    head += ["forward: Triton + library calls", "its attention"]
     head += ["backward: Triton + library calls", "its attention"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for row in table:

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.config as inductor_config
@@ -45,6 +45,18 @@ _H200 = SimpleNamespace(
     shared_memory_per_block=49_152, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472,
     max_threads_per_block=1024, L2_cache_size=50 * 2**20, gcnArchName="", is_integrated=0,
 )  # fmt: skip
+
+
+class Lowered(NamedTuple):
+    """Of a graph.
+
+    Attributes:
+        source: Python and Triton.
+        moved_bytes: That its kernels read and write, without those of libraries and templates.
+    """
+
+    source: str
+    moved_bytes: int
 
 
 def pretend() -> None:
@@ -119,8 +131,8 @@ def trace(terms: LossTerms, *, chunk: int, vocab: int, teacher_vocab: int, real:
 
 def lower(
     graph: Any, inputs: list[Any], options: dict[str, Any], *, is_inference: bool = True, is_backward: bool = False
-) -> str:
-    """The Python and Triton source that Inductor makes of a graph for a GPU; after `pretend`. The graph is changed."""
+) -> Lowered:
+    """What Inductor makes of a graph for a GPU; after `pretend`. The graph is changed."""
     import torch._inductor.compile_fx as compile_fx
     from torch._guards import TracingContext, tracing
     from torch._inductor.debug import DebugContext
@@ -156,7 +168,13 @@ def lower(
         )
         with DebugContext(), V.set_graph_handler(lowering), tracing(TracingContext(mode)):
             lowering.run(*moved)  # type: ignore[no-untyped-call]
-            return str(lowering.codegen()[0].value)
+            source = str(lowering.codegen()[0].value)
+            moved_bytes = sum(
+                node.get_read_write_buffers_sizes()
+                for node in lowering.scheduler.nodes
+                if not (node.is_extern() or node.is_template())
+            )
+    return Lowered(source, moved_bytes)
 
 
 def kernels_of(source: str) -> list[tuple[str, str]]:
@@ -278,7 +296,7 @@ def main() -> None:
     sizes = {"chunk": args.chunk, "vocab": args.vocab, "teacher_vocab": args.teacher_vocab, "real": args.real}
     graphs = {name: trace(OBJECTIVES[name], **sizes) for name in args.objectives}
     pretend()
-    table = [look(name, lower(*graph, rows._COMPILER_OPTIONS), args) for name, graph in graphs.items()]
+    table = [look(name, lower(*graph, rows._COMPILER_OPTIONS).source, args) for name, graph in graphs.items()]
     print(f"torch {torch.__version__}, {args.chunk:,} × {args.vocab:,} bf16 logits, {args.real:,} tokens\n")
     head = ["objective", "kernels", "whole tensors", "reads + writes of a row", "registers", "spilled", "bytes a load"]
     head += ["instructions a column, by pass", "ms by bytes", "ms by instructions"]
