@@ -1,13 +1,10 @@
-"""What all training modules of this package share: global normalisation, two-rate optimizer, schedule, throughput."""
+"""What all training modules of this package share: global normalisation, parameter groups, schedule, what was seen."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import os
-import pickle
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +22,13 @@ from salad_lightning.batch import ObjectiveOutput, SpeechBatch
 from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
-from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, older_checkpoint, read_whole
 from salad_lightning.model.parallel import check_device, compute_dtype
+from salad_lightning.training.checkpoints import AtomicCheckpointIO, compare_weights, frozen_names, is_of, trained_names
+from salad_lightning.training.optimizer import restore_fused
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speed_monitor import SpeedMonitor, Work
 
-__all__ = [
-    "AtomicCheckpointIO",
-    "TokenLossModule",
-    "check_outline",
-    "check_trained",
-    "default_optimizer",
-    "load_checkpoint",
-    "save_folder",
-]
-
-
-def default_optimizer(parameters: Iterable[Any], *, fused: bool | None = None) -> torch.optim.Optimizer:
-    """AdamW with weight decay 0.1 (arXiv 2510.13632, section 4) and betas (0.9, 0.95).
-
-    Args:
-        parameters: Or groups of them, which bring their rates along.
-        fused: Whether one kernel does the step, which moves a third of the bytes; by default on a GPU.
-    """
-    groups = list(parameters)
-    if fused is None:
-        members = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
-        fused = bool(members) and all(p.is_cuda for p in members)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint aside and renames it: a run killed meanwhile leaves nothing half-written in its place."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Save to ``path`` + ``.part``, then rename.
-
-        Raises:
-            UserError: If the disk is full, or the place cannot be written to; what was half-written is removed.
-        """
-        aside = f"{path}.part"
-        try:
-            super().save_checkpoint(checkpoint, aside, storage_options)
-            os.replace(aside, path)
-        except OSError as error:
-            Path(aside).unlink(missing_ok=True)
-            raise UserError(
-                f"the checkpoint cannot be written ({error.strerror or error})",
-                where=str(path),
-                cure="make room, then go on from the one before with --ckpt_path=last",
-            ) from error
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load, with one message where the file is missing or damaged."""
-        return load_checkpoint(path, weights_only=bool(weights_only))
+__all__ = ["TokenLossModule", "save_folder"]
 
 
 class TokenLossModule(LightningModule):
@@ -229,11 +175,11 @@ class TokenLossModule(LightningModule):
         """Leave frozen weights out that are found where they were loaded from, and note their names."""
         frozen = self.left_out()
         for name in list(checkpoint["state_dict"]):
-            if _is_of(frozen, name):
+            if is_of(frozen, name):
                 del checkpoint["state_dict"][name]
         checkpoint["salad_lightning"] = {
             "frozen": sorted(frozen),
-            "trained": _trained_names(self),
+            "trained": trained_names(self),
             "seen": dict(self.seen),
             "sharded": self.device_mesh is not None,
         }
@@ -273,11 +219,11 @@ class TokenLossModule(LightningModule):
         Raises:
             UserError: If a weight is missing that was not frozen, unknown, or of another shape.
         """
-        _compare_weights(self.state_dict(), checkpoint, where, self.frozen_names())
+        compare_weights(self.state_dict(), checkpoint, where, self.frozen_names())
 
     def frozen_names(self) -> set[str]:
-        """State-dict names of all frozen parameters, and of the buffers beside them in wholly frozen modules."""
-        return _frozen_names(self)
+        """See `checkpoints.frozen_names`."""
+        return frozen_names(self)
 
     def left_out(self) -> set[str]:
         """State-dict names that checkpoints leave out: frozen weights that a new module of these settings has too."""
@@ -303,7 +249,7 @@ class TokenLossModule(LightningModule):
     def on_train_start(self) -> None:
         """Step as this machine does, whichever wrote the optimizer's state."""
         for optimizer in self.trainer.optimizers:
-            _restore_fused(optimizer)
+            restore_fused(optimizer)
 
     def on_fit_end(self) -> None:
         """Write ``fit.json``: what the run cost."""
@@ -321,92 +267,6 @@ class TokenLossModule(LightningModule):
         write_aside(folder / "fit.json", json.dumps(content, indent=1))
 
 
-def check_outline(module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
-    """Compare names and shapes of a checkpoint's weights with a module's, either of which may be on the meta device.
-
-    Args:
-        module: With the names that the checkpoint has.
-        checkpoint: With ``state_dict``.
-        where: Its path.
-
-    Raises:
-        UserError: If a weight is missing that was not frozen, unknown, or of another shape.
-    """
-    _compare_weights(module.state_dict(), checkpoint, where, _frozen_names(module))
-
-
-def check_trained(module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
-    """Compare what a checkpoint's optimizer has a state for with what a module trains.
-
-    Args:
-        module: With the names that the checkpoint has.
-        checkpoint: Of a `TokenLossModule`; others pass.
-        where: Its path.
-
-    Raises:
-        UserError: If they differ.
-    """
-    ours = _trained_names(module)
-    theirs = checkpoint.get("salad_lightning", {}).get("trained", ours)
-    if different := sorted(set(ours) ^ set(theirs)):
-        was, has = ("was not", "is") if different[0] in ours else ("was", "is not")
-        raise UserError(
-            f"{different[0]} {has} trained here and {was} there ({len(different)} such weights)",
-            where=where,
-            cure="set model.freeze as in that run, or start from its weights: model.init_from",
-        )
-
-
-def _trained_names(module: nn.Module) -> list[str]:
-    return sorted(name for name, parameter in module.named_parameters() if parameter.requires_grad)
-
-
-def _compare_weights(ours: Mapping[str, Any], checkpoint: Mapping[str, Any], where: str, frozen: set[str]) -> None:
-    theirs = checkpoint["state_dict"]
-    frozen = frozen | set(checkpoint.get("salad_lightning", {}).get("frozen", ()))
-    missing = sorted(name for name in set(ours) - set(theirs) if not _is_of(frozen, name))
-    unknown = sorted(set(theirs) - set(ours))
-    shapes = [f"{n} {tuple(theirs[n].shape)} here {tuple(ours[n].shape)}" for n in theirs if n in ours
-              and theirs[n].shape != ours[n].shape]  # fmt: skip
-    for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
-        if names:
-            raise UserError(
-                f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
-                where=where,
-                cure="use the same llm, encoder and connector as the run that wrote it",
-            )
-
-
-def _is_of(frozen: set[str], name: str) -> bool:
-    """Whether a state-dict entry is a frozen weight, or belongs to one: the scales of a 4-bit one are entries below."""
-    return name in frozen or (".weight." in name and name[: name.index(".weight.")] + ".weight" in frozen)
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False)
-              if not parameter.requires_grad}  # fmt: skip
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for name, _ in module.named_buffers():
-        owner = ".".join(name.split(".")[:2])
-        if not fnmatch.filter(trained, f"{owner}.*"):
-            frozen.add(name)
-    return frozen
-
-
-def _restore_fused(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer be fused as it was made: loading its state brings the setting of the machine that wrote it."""
-    fused = optimizer.defaults.get("fused")
-    for group in optimizer.param_groups:
-        if group.get("fused") == fused or group.get("capturable"):
-            continue
-        group["fused"] = fused
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if isinstance(state.get("step"), Tensor):
-                # Elsewhere it would be read back from the device, for each parameter in each step.
-                state["step"] = state["step"].to(parameter.device if fused else "cpu")
-
-
 def _check_trainer(trainer: Any) -> None:
     problem = ""
     if trainer.max_steps < 1:
@@ -420,33 +280,6 @@ def _check_trainer(trainer: Any) -> None:
             cure="training data is an endless stream: set trainer.max_steps (and max_epochs: -1), "
             "limit_train_batches to a whole number of batches if at all",
         )
-
-
-def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline: bool = False) -> dict[str, Any]:
-    """A checkpoint, in one file or sharded, on the CPU.
-
-    Args:
-        path: The file or folder.
-        weights_only: Refuse anything but plain data, which could run code.
-        outline: For names, shapes and settings alone: weights are left on disk until they are looked at, or are on the
-            meta device.
-
-    Raises:
-        UserError: If there is no such file, or it is no checkpoint.
-    """
-    where, cure = str(path), older_checkpoint(path) or "give the path of a .ckpt file that a run has written"
-    if is_checkpoint_folder(path):
-        return read_whole(path, weights_only=weights_only, outline=outline)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=outline)
-    except FileNotFoundError as error:
-        raise UserError("no such checkpoint", where=where, cure=cure) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(f"the checkpoint cannot be read ({first})", where=where, cure=cure) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError("the file holds no checkpoint", where=where, cure=cure)
-    return content
 
 
 def save_folder(trainer: Any) -> Path:

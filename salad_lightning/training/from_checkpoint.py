@@ -9,7 +9,7 @@ from lightning.pytorch.cli import instantiate_module
 from salad_lightning.errors import UserError
 from salad_lightning.model.adapters import merge_adapters
 from salad_lightning.registry import MODEL_KINDS, load_all
-from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.checkpoints import load_checkpoint
 from salad_lightning.training.handover import check_not_decayed
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from salad_lightning.errors import UserError
+from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, load_into, stored_shapes
+from salad_lightning.model.parallel import load_full
+from salad_lightning.training.checkpoints import load_checkpoint
 
-__all__ = ["check_handover", "check_not_decayed", "describe_parts"]
+__all__ = ["check_handover", "check_not_decayed", "describe_parts", "take_weights"]
 
 _LLM_KEYS = (
     "model_type",
@@ -109,3 +115,33 @@ def check_not_decayed(checkpoint: Mapping[str, Any], where: str) -> None:
                     cure="use the run's pre_decay.ckpt; to take this one all the same, set require_pre_decay: false "
                     "(a model) or allow_decayed: true (a selection)",
                 )
+
+
+def take_weights(module: nn.Module, path: str, *, sharded: bool) -> set[str]:
+    """Give a module the weights of a checkpoint, and say which.
+
+    Of a folder, a sharded module reads its parts alone; a file is mapped into memory, not read into it.
+
+    Args:
+        module: With the names that the checkpoint has; what may be missing has been checked.
+        path: Of the checkpoint.
+        sharded: Whether the module's weights are spread over processes.
+
+    Returns:
+        Names of the weights taken.
+    """
+    if sharded and is_checkpoint_folder(path):
+        taken = set(stored_shapes(path))
+        checkpoint = load_into(path, module, [], frozen=set(module.state_dict()))
+    else:
+        checkpoint = load_checkpoint(path, weights_only=True, outline=not is_checkpoint_folder(path))
+        taken = set(checkpoint["state_dict"])
+        if sharded:
+            load_full(module, checkpoint["state_dict"])
+        else:
+            module.load_state_dict(checkpoint["state_dict"], strict=False)
+    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in taken)
+    what = ", ".join(f"{number} of {part}" for part, number in sorted(parts.items()))
+    step = checkpoint.get("global_step", 0)
+    rank_zero_info(f"weights taken from {path} (step {step}): {what}; the optimizer starts afresh")
+    return taken

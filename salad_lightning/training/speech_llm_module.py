@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,6 @@ from salad_lightning.errors import UserError
 from salad_lightning.evaluation.gap import measure
 from salad_lightning.interfaces import Connector, ConnectorFactory, Encoder, Objective
 from salad_lightning.model.adapters import LoRA, adapters_off, add_adapters, nf4, quantization_kl
-from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, load_into, stored_shapes
 from salad_lightning.model.execution import Execution, prepare_blocks, prepare_process
 from salad_lightning.model.llm import (
     LanguageModel,
@@ -31,7 +29,6 @@ from salad_lightning.model.llm import (
 from salad_lightning.model.parallel import (
     check_device,
     compute_dtype,
-    load_full,
     reshard,
     shard_language_model,
     shard_speech_llm,
@@ -39,15 +36,11 @@ from salad_lightning.model.parallel import (
 from salad_lightning.model.placement import Placement, load_placed
 from salad_lightning.model.speech_llm import SpeechLLM, freeze, predict_transcripts
 from salad_lightning.model.streaming import meta_parameters, weights_mark
-from salad_lightning.training.base import (
-    check_outline,
-    check_trained,
-    default_optimizer,
-    load_checkpoint,
-)
+from salad_lightning.training.checkpoints import check_outline, check_trained, load_checkpoint
 from salad_lightning.training.cost import speech_flops, step_flops
-from salad_lightning.training.handover import check_handover, check_not_decayed, describe_parts
+from salad_lightning.training.handover import check_handover, check_not_decayed, describe_parts, take_weights
 from salad_lightning.training.measured_module import MeasuredModule
+from salad_lightning.training.optimizer import default_optimizer
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speed_monitor import Work, count_parameters, size_of, trained_share
 
@@ -177,7 +170,7 @@ class SpeechLLMModule(MeasuredModule):
         if self._init_from:
             if not attached:
                 self.check_checkpoint(self._init_from)
-            self._take_weights(self._init_from)
+            self._taken = take_weights(self, self._init_from, sharded=place.mesh is not None)
         if attached and self._wants_teacher:
             # The teacher is not a registered submodule: it is never trained, saved or summarised. Hence the tuple.
             self._teacher = (self._load_teacher(place),)
@@ -395,23 +388,3 @@ class SpeechLLMModule(MeasuredModule):
         """Frozen weights of LLM and encoder, unless they came from ``init_from``, which may be gone one day."""
         own = ("model.llm.", "model.encoder.")
         return {name for name in self.frozen_names() if name.startswith(own)} - self._taken
-
-    def _take_weights(self, path: str) -> None:
-        """Of a folder, a sharded module reads its parts alone; a file is mapped into memory, not read into it."""
-        sharded = self._trainer is not None and self.device_mesh is not None
-        if sharded and is_checkpoint_folder(path):
-            taken = set(stored_shapes(path))
-            # What may be missing was checked by `check_checkpoint`.
-            checkpoint = load_into(path, self, [], frozen=set(self.state_dict()))
-        else:
-            checkpoint = load_checkpoint(path, weights_only=True, outline=not is_checkpoint_folder(path))
-            taken = set(checkpoint["state_dict"])
-            if sharded:
-                load_full(self, checkpoint["state_dict"])
-            else:
-                self.load_state_dict(checkpoint["state_dict"], strict=False)
-        self._taken = taken
-        parts = Counter(name.removeprefix("model.").partition(".")[0] for name in taken)
-        what = ", ".join(f"{number} of {part}" for part, number in sorted(parts.items()))
-        step = checkpoint.get("global_step", 0)
-        rank_zero_info(f"weights taken from {path} (step {step}): {what}; the optimizer starts afresh")

@@ -15,8 +15,9 @@ from salad_lightning.interfaces import Objective
 from salad_lightning.model.llm import build_language_model, load_config, load_language_model, load_tokenizer
 from salad_lightning.model.speech_llm import predict_transcripts
 from salad_lightning.projection import token_log_probs
-from salad_lightning.training.base import TokenLossModule, default_optimizer
+from salad_lightning.training.base import TokenLossModule
 from salad_lightning.training.cost import step_flops
+from salad_lightning.training.optimizer import default_optimizer
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speed_monitor import Work, size_of
 

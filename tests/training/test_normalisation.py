@@ -24,8 +24,8 @@ from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
 from salad_lightning.testing.tiny import save_tiny_llm
-from salad_lightning.training.base import default_optimizer
 from salad_lightning.training.connector_warmup_module import ConnectorWarmupModule
+from salad_lightning.training.optimizer import default_optimizer
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 

@@ -26,8 +26,9 @@ from salad_lightning.model.parallel import FullyShardedStrategy
 from salad_lightning.objectives.mixture import MixtureObjective
 from salad_lightning.testing.ranks import finish_ranks, start_ranks
 from salad_lightning.testing.runs import TinyRun, TinyWorld
-from salad_lightning.training.base import default_optimizer, load_checkpoint
 from salad_lightning.training.callbacks import GlobalBatch
+from salad_lightning.training.checkpoints import load_checkpoint
+from salad_lightning.training.optimizer import default_optimizer
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 

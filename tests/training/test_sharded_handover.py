@@ -17,7 +17,7 @@ from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import distillation_losses
 from salad_lightning.testing.runs import TinyRun
 from salad_lightning.testing.shards import save_speech_shards
-from salad_lightning.training.base import load_checkpoint
+from salad_lightning.training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.slow
 SHARDED = {"class_path": "salad_lightning.model.parallel.FullyShardedStrategy"}
