@@ -24,11 +24,12 @@ from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
 from salad_lightning.model.parallel import check_device, compute_dtype
 from salad_lightning.training.checkpoints import AtomicCheckpointIO, compare_weights, frozen_names, is_of, trained_names
-from salad_lightning.training.optimizer import restore_fused
+from salad_lightning.training.optimizer import default_optimizer, restore_fused
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.speed_monitor import SpeedMonitor, Work
 
-__all__ = ["TokenLossModule", "save_folder"]
+# Checkpoints of earlier code name the optimizer here.
+__all__ = ["TokenLossModule", "default_optimizer", "save_folder"]
 
 
 class TokenLossModule(LightningModule):

@@ -11,6 +11,7 @@ import yaml
 from salad_lightning.cli import main
 from salad_lightning.testing.runs import save_tiny_world
 from salad_lightning.testing.tiny import save_tiny_llm
+from salad_lightning.training.from_checkpoint import trained_module
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,10 @@ def _with_another_word(folder, world):
     assert swapped != text
     tokenizer.write_text(swapped)
     return folder
+
+
+def test_a_checkpoint_that_names_the_optimizer_where_it_used_to_be(world, tmp_path):
+    checkpoint = torch.load(world.folder / "stage1" / "checkpoints" / "final.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["optimizer"] = "salad_lightning.training.base.default_optimizer"
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert trained_module(str(tmp_path / "old.ckpt")).step == 6
