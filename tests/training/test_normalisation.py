@@ -257,9 +257,10 @@ def test_so_do_those_of_other_kinds(world, rows, strategy, kind):
     module, _ = of_kind(world, kind)
     gradients, logged = train(world, rows, f"{strategy}-{kind}-alone", module=module)
     together, run = train_on_two(world, rows, strategy, kind)
-    assert {"losing": "own", "warmup": "ctc"}.get(kind, "kl") in logged
+    own = {"losing": "own", "warmup": "ctc"}.get(kind, "kl")
+    assert max(logged[own]) > 0, "CTC has a step in which no span is long enough"
+    assert kind == "warmup" or min(logged[own]) > 0
     for figure, values in logged.items():
-        assert max(values) > 0, figure
         assert run.column(f"train/{figure}") == pytest.approx(values, rel=1e-5), figure
     assert_same_gradients(together, gradients, rel=1e-4)
 
