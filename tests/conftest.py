@@ -17,17 +17,24 @@ import torch
 from salad_lightning.registry import INTERFACES
 
 torch.set_num_threads(1)
+_OF_A_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def _isolated():
     """Tests neither depend on the order they run in nor leak settings to the next one."""
+    # A sharded run in this process leaves these behind, and a command that inherits them waits for ranks that nobody
+    # starts. Fixtures of a module have run by now.
+    for name in _OF_A_LAUNCHER:
+        os.environ.pop(name, None)
     environment = dict(os.environ)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     default_dtype = torch.get_default_dtype()
     yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     torch.set_default_dtype(default_dtype)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
