@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import shutil
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from salad_lightning.errors import UserError
 
 __all__ = [
+    "check_fit",
     "is_checkpoint_folder",
     "load_into",
     "older_checkpoint",
@@ -109,17 +110,7 @@ def load_into(
     """
     stored = stored_shapes(path)
     ours: dict[str, Any] = get_model_state_dict(module)
-    missing = sorted(set(ours) - set(stored) - frozen)
-    other = [f"{name} {tuple(size)} here {tuple(ours[name].shape)}" for name, size in stored.items()
-             if name in ours and ours[name].shape != size]  # fmt: skip
-    unknown = sorted(set(stored) - set(ours))
-    for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", other)):
-        if names:
-            raise UserError(
-                f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
-                where=str(path),
-                cure="use the same llm, encoder and connector as the run that wrote it",
-            )
+    check_fit({name: value.shape for name, value in ours.items()}, stored, str(path), may_lack=frozen)
     wanted = {name: value for name, value in ours.items() if name in stored}
     load({"state_dict": wanted}, checkpoint_id=path)
     module.load_state_dict(wanted, strict=False)
@@ -128,6 +119,33 @@ def load_into(
         load(state, checkpoint_id=path)
         set_optimizer_state_dict(module, optimizer, optim_state_dict=state[f"optimizer_{index}"])
     return read_extra(path, weights_only=weights_only)
+
+
+def check_fit(
+    ours: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], where: str, *, may_lack: Set[str]
+) -> None:
+    """Compare names and shapes of a checkpoint's weights with a module's.
+
+    Args:
+        ours: Of the module.
+        theirs: Of the checkpoint.
+        where: Its path.
+        may_lack: Names that the checkpoint may lack.
+
+    Raises:
+        UserError: If a weight is missing, unknown, or of another shape.
+    """
+    missing = sorted(set(ours) - set(theirs) - may_lack)
+    unknown = sorted(set(theirs) - set(ours))
+    shapes = [f"{name} {tuple(size)} here {tuple(ours[name])}" for name, size in theirs.items()
+              if name in ours and ours[name] != size]  # fmt: skip
+    for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
+        if names:
+            raise UserError(
+                f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
+                where=where,
+                cure="use the same llm, encoder and connector as the run that wrote it",
+            )
 
 
 def read_whole(path: str | os.PathLike[str], *, weights_only: bool = True, outline: bool = False) -> dict[str, Any]:

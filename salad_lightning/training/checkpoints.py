@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
 from salad_lightning.errors import UserError
-from salad_lightning.model.checkpoint_folder import is_checkpoint_folder, older_checkpoint, read_whole
+from salad_lightning.model.checkpoint_folder import check_fit, is_checkpoint_folder, older_checkpoint, read_whole
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -138,19 +138,13 @@ def compare_weights(ours: Mapping[str, Any], checkpoint: Mapping[str, Any], wher
     Raises:
         UserError: If a weight is missing that was not frozen, unknown, or of another shape.
     """
-    theirs = checkpoint["state_dict"]
     frozen = frozen | set(checkpoint.get("salad_lightning", {}).get("frozen", ()))
-    missing = sorted(name for name in set(ours) - set(theirs) if not is_of(frozen, name))
-    unknown = sorted(set(theirs) - set(ours))
-    shapes = [f"{n} {tuple(theirs[n].shape)} here {tuple(ours[n].shape)}" for n in theirs if n in ours
-              and theirs[n].shape != ours[n].shape]  # fmt: skip
-    for label, names in (("lacks", missing), ("has the unknown weight", unknown), ("has another shape:", shapes)):
-        if names:
-            raise UserError(
-                f"the weights do not fit this model: it {label} {names[0]} ({len(names)} in all)",
-                where=where,
-                cure="use the same llm, encoder and connector as the run that wrote it",
-            )
+    check_fit(
+        {name: value.shape for name, value in ours.items()},
+        {name: value.shape for name, value in checkpoint["state_dict"].items()},
+        where,
+        may_lack={name for name in ours if is_of(frozen, name)},
+    )
 
 
 def is_of(frozen: set[str], name: str) -> bool:
