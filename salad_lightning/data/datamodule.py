@@ -30,8 +30,9 @@ class SpeechDataModule(LightningDataModule):
     """Packed batches of speech and text for training and evaluation.
 
     Lengths and tokenizer come from the model (``sequence_spec()`` of the LightningModule). Whoever trains must call
-    `note_trained` with every batch, so that a checkpoint knows where to go on. What cannot be used is listed in
-    ``skipped.jsonl`` of the run's folder (of rank 1: ``skipped-rank1.jsonl``, and so on).
+    `note_trained` for every batch of an optimizer step when it is taken, so that a checkpoint knows where to go on.
+    What cannot be used is listed in ``skipped.jsonl`` of the run's folder (of rank 1: ``skipped-rank1.jsonl``, and so
+    on).
 
     Args:
         train: Sources mixed for training, endless.
@@ -117,7 +118,7 @@ class SpeechDataModule(LightningDataModule):
             self._train_loader = None
 
     def train_dataloader(self) -> Iterable[SpeechBatch]:
-        """Endless; goes on after the batch last given to `note_trained`.
+        """Endless; goes on after the batch last told to `note_trained`.
 
         Raises:
             UserError: If there is nothing to train on, or a checkpoint's stream is another one.
@@ -163,11 +164,15 @@ class SpeechDataModule(LightningDataModule):
         """The test loaders."""
         return self.test_dataloader()
 
-    def note_trained(self, batch: SpeechBatch) -> None:
-        """Remember where the stream stood after ``batch``: loaders run ahead, so only the trained batch knows."""
-        if batch.stream_state:
-            self._last_worker = batch.stream_state["worker"]
-            self._positions[self._last_worker] = batch.stream_state
+    def note_trained(self, stream_state: dict[str, Any]) -> None:
+        """Remember where the stream stood after a batch: loaders run ahead, so only the trained batch knows.
+
+        Args:
+            stream_state: See `SpeechBatch`; empty for a batch that is of no stream.
+        """
+        if stream_state:
+            self._last_worker = stream_state["worker"]
+            self._positions[self._last_worker] = stream_state
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the training stream, of every rank; to be called on all ranks, as Lightning does."""

@@ -26,6 +26,7 @@ from salad_lightning.model.parallel import check_device, compute_dtype
 from salad_lightning.training.checkpoints import AtomicCheckpointIO, compare_weights, frozen_names, is_of, trained_names
 from salad_lightning.training.optimizer import default_optimizer, restore_fused
 from salad_lightning.training.schedule import WarmupStableDecay
+from salad_lightning.training.since_step import SinceStep
 from salad_lightning.training.speed_monitor import SpeedMonitor, Work
 
 # Checkpoints of earlier code name the optimizer here.
@@ -52,6 +53,7 @@ class TokenLossModule(LightningModule):
         self.schedule = schedule or WarmupStableDecay()
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self._totals: dict[str, Tensor] = {}
+        self._since_step = SinceStep()
         self.seen = {"tokens": 0.0, "audio_seconds": 0.0}  # over the whole run: rank 0's, times the processes
         self.work = Work()  # of the micro-batch at hand
         self._started = 0.0
@@ -113,11 +115,18 @@ class TokenLossModule(LightningModule):
         output = self.compute_loss(batch)
         for name, value in {"count": output.count, "loss": output.sum.detach(), **output.parts}.items():
             self._totals[name] = self._totals.get(name, 0) + value.float()
-        if note_trained := getattr(self.trainer.datamodule, "note_trained", None):  # type: ignore[attr-defined]
-            note_trained(batch)
-        self.seen["tokens"] += batch.num_positions * self.trainer.world_size
-        self.seen["audio_seconds"] += batch.audio_seconds * self.trainer.world_size
+        self._since_step.add(batch, self.trainer)
         return output.sum
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step; only now does what the step was made of count as trained on."""
+        super().optimizer_step(*args, **kwargs)
+        states, work = self._since_step.end(self.trainer)
+        if note_trained := getattr(self.trainer.datamodule, "note_trained", None):  # type: ignore[attr-defined]
+            for state in states:
+                note_trained(state)
+        for name, amount in work.items():
+            self.seen[name] += amount
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn averaged sums into the mean per token of the global batch; Lightning clips after this."""
@@ -173,7 +182,11 @@ class TokenLossModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out that are found where they were loaded from, and note their names."""
+        """Leave frozen weights out that are found where they were loaded from, and note their names.
+
+        Between two optimizer steps, the checkpoint is that of the first.
+        """
+        self._since_step.take_back(checkpoint)
         frozen = self.left_out()
         for name in list(checkpoint["state_dict"]):
             if is_of(frozen, name):
@@ -245,6 +258,8 @@ class TokenLossModule(LightningModule):
                 where="trainer.strategy",
                 cure="set it to auto (one device) or ddp",
             )
+        self._totals.clear()  # of a run that ended within a step
+        self._since_step = SinceStep()
         self._started = time.perf_counter()
 
     def on_train_start(self) -> None:

@@ -35,7 +35,7 @@ class _Recorder(LightningModule):
         return self.weight * 1.0
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.trainer.datamodule.note_trained(batch)
+        self.trainer.datamodule.note_trained(batch.stream_state)
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.evaluated.setdefault(dataloader_idx, []).append([info.key for info in batch.documents])
@@ -111,7 +111,7 @@ def test_another_stream_is_not_resumed(folders, make_spec, changes, message):
     one = _module(folders)
     one.spec = make_spec()
     batch = next(iter(one.train_dataloader()))
-    one.note_trained(batch)
+    one.note_trained(batch.stream_state)
     other = _module(folders, **changes)
     other.spec = make_spec()
     other.load_state_dict(one.state_dict())
@@ -133,7 +133,7 @@ def test_a_stream_with_other_epochs_is_not_resumed(folders, make_spec):
         return data
 
     one = made(5)
-    one.note_trained(next(iter(one.train_dataloader())))
+    one.note_trained(next(iter(one.train_dataloader())).stream_state)
     for other, is_same in ((made(5), True), (made(6), False), (made(None), False)):
         other.load_state_dict(one.state_dict())
         if is_same:
@@ -173,7 +173,7 @@ data = SpeechDataModule(
 data.spec = SequenceSpec.text_only(PreTrainedTokenizerFast.from_pretrained(folder), 128)
 data._rank = lambda: (rank, 2)
 keys = [[[info.key for info in batch.documents] for batch in loader] for loader in data.val_dataloader()]
-data.note_trained(next(iter(data.train_dataloader())))
+data.note_trained(next(iter(data.train_dataloader())).stream_state)
 print(json.dumps([keys, data.state_dict()]))
 torch.distributed.destroy_process_group()
 """

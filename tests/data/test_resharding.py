@@ -80,7 +80,7 @@ def _data(folder, spec, **changes):
 def _train(data, steps):
     keys = []
     for batch in itertools.islice(data.train_dataloader(), steps):
-        data.note_trained(batch)
+        data.note_trained(batch.stream_state)
         keys += [info.key for info in batch.documents]
     data.teardown()
     return keys

@@ -52,6 +52,18 @@ class KeyLog(Callback):
         entry = [self.step, [info.key for info in batch.documents], batch.labels_M.tolist()]
         with (Path(trainer.default_root_dir) / f"keys-{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\\n")
+
+
+class SaveAndEnd(Callback):
+    """Saves at some moment of a micro-batch, as by the clock or by a signal, and ends the run the hard way."""
+
+    def __init__(self, moment: str, batch: int):
+        def end(trainer, *_):
+            if trainer.fit_loop.epoch_loop.batch_idx == batch:
+                trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+                os.killpg(os.getpgrp(), signal.SIGKILL)
+
+        setattr(self, moment, end)
 '''
 
 
@@ -179,3 +191,53 @@ def test_a_checkpoint_runs_no_code(world, tmp_path, capfd, subcommand, option):
     assert not (tmp_path / "harm").exists()
     assert code == 2
     assert "the checkpoint cannot be read" in capfd.readouterr().err
+
+
+ACCUMULATED = ["--trainer.accumulate_grad_batches=3", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def accumulated(world):
+    """An unbroken run of micro-batches."""
+    options = ["--data.num_workers=2", *ACCUMULATED, "--trainer.callbacks+=key_log.KeyLog"]
+    assert main(world.arguments("fit", "accumulated", *OPTIONS, *options)) == 0
+    return TinyRun(world.folder / "accumulated")
+
+
+@pytest.mark.parametrize(
+    ("moment", "batch", "steps"),
+    [
+        ("on_train_batch_end", 1, 0),  # of 0 to 11: before the first step
+        ("on_train_batch_end", 6, 2),
+        ("on_train_batch_end", 7, 2),
+        ("on_train_batch_end", 8, 3),  # the step has just been taken
+        ("on_train_batch_start", 7, 2),
+        ("on_train_batch_start", 9, 3),
+        ("on_before_backward", 7, 2),
+        ("on_before_optimizer_step", 8, 2),
+    ],
+)
+def test_saved_within_a_step(world, accumulated, moment, batch, steps):
+    """The clock and signals ask for checkpoints at any micro-batch; the step at hand is then begun anew."""
+    name = f"{moment}-{batch}"
+    saving = ["--trainer.callbacks+=key_log.SaveAndEnd", f"--trainer.callbacks.moment={moment}",
+              f"--trainer.callbacks.batch={batch}"]  # fmt: skip
+    options = ["--data.num_workers=2", *ACCUMULATED]
+    code, printed = fit(world, name, *options, *saving)
+    assert code == -signal.SIGKILL, printed[-3000:]
+    run = TinyRun(world.folder / name)
+    checkpoint = run.checkpoint()
+    assert checkpoint["global_step"] == steps
+    read = len(trained_on(world, name, 0))
+    arguments = world.arguments(
+        "fit", name, *OPTIONS, *options, "--ckpt_path=last", "--trainer.callbacks+=key_log.KeyLog"
+    )
+    assert main(arguments) == 0
+
+    expected = trained_on(world, "accumulated", 0)
+    assert [step for step, _, _ in expected] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert trained_on(world, name, 0)[read:] == expected[3 * steps :]
+    rows = [row for row in run.metrics() if "train/loss" in row][-(4 - steps) :]
+    whole = [row for row in accumulated.metrics() if "train/loss" in row][steps:]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(row["step"], row["train/loss"]) for row in whole]
+    assert run.results("fit.json")["tokens"] == accumulated.results("fit.json")["tokens"]
