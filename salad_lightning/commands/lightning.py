@@ -131,13 +131,14 @@ class SaladCLI(LightningCLI):
         elif path == "last":
             for old in self._last_checkpoints(".old"):
                 restore_folder(old.with_suffix(""))
+        if path == "last" and (found := self._last_checkpoints()):
+            # Lightning does not count what it saves itself when SLURM requeues a job.
+            path = str(max(found, key=lambda entry: entry.stat().st_mtime))
+            self.config_init[self._chosen]["ckpt_path"] = path
         self._check_fit_of(str(path) if path else "")
 
     def _check_fit_of(self, path: str) -> None:
         """Refuse a checkpoint of another model before weights are loaded, which can take minutes."""
-        if path == "last":
-            found = self._last_checkpoints()
-            path = str(max(found, key=lambda entry: entry.stat().st_mtime)) if found else ""
         check = getattr(self.model, "check_checkpoint", None)  # any module may be trained; ours have it
         if check is not None and path and Path(path).exists():
             check(path, goes_on=self._chosen == "fit")
@@ -155,11 +156,12 @@ class SaladCLI(LightningCLI):
             )
 
     def _last_checkpoints(self, suffix: str = "") -> list[Path]:
-        """Where Lightning looks for them: in the folders of all callbacks that save."""
+        """Where Lightning looks for them, in the folders of all callbacks that save; and those of a SLURM requeue."""
         callbacks = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         folders = {checkpoint_folder(self.trainer), *(Path(one.dirpath) for one in callbacks if one.dirpath)}
         pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt{suffix}"
-        return [path for folder in sorted(folders) for path in folder.glob(pattern)]
+        requeued = Path(self.trainer.default_root_dir).glob(f"hpc_ckpt_*.ckpt{suffix}")
+        return [*requeued, *(path for folder in sorted(folders) for path in folder.glob(pattern))]
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as written: LightningCLI would let a checkpoint's hyperparameters override it."""

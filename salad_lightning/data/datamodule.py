@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from salad_lightning.batch import SpeechBatch
@@ -110,6 +111,8 @@ class SpeechDataModule(LightningDataModule):
         if self.trainer is not None:
             module: Any = self.trainer.lightning_module  # any module with a sequence_spec() serves
             self.spec = module.sequence_spec()
+            if stage == "fit" and not self.trainer.global_step:  # another run than the one before; a restore follows
+                self._positions, self._last_worker, self._past, self._digest = {}, -1, [], None
 
     def teardown(self, stage: str | None = None) -> None:
         """End the training loader's workers."""
@@ -189,7 +192,8 @@ class SpeechDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict`; checked when the training loader is made, once world and model are known."""
-        self._restored = state_dict or None
+        if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
+            self._restored = state_dict or None
 
     def skipped_listing(self) -> Path | None:
         """The file in which this process lists what could not be used; None without a trainer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 
 import torch
@@ -33,6 +34,8 @@ class StreamLoader:
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=keep_workers and num_workers > 0,
+            # Python 3.14 begins workers by copying all that the stream knows, the model's parts included.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             pin_memory=torch.cuda.is_available(),
         )
 

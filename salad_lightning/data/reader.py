@@ -12,6 +12,8 @@ from salad_lightning.errors import UserError
 
 __all__ = ["PastReaders", "ShuffledReader", "read_shards"]
 
+_BARREN_EPOCHS = 20
+
 
 @dataclass(frozen=True)
 class PastReaders:
@@ -82,6 +84,7 @@ class ShuffledReader:
         self.part, self.num_parts, self.past = part, num_parts, past
         self.tolerance, self.allow_pipe = tolerance or Tolerance(name), allow_pipe
         self.deal_samples = len(paths) < num_parts
+        self._barren = 0  # epochs in a row without a sample
         self.seek({"epoch": past[-1].first_epoch if past else 0, "shard": 0, "sample": 0, "taken": 0})
 
     def cursor(self) -> dict[str, int]:
@@ -170,7 +173,9 @@ class ShuffledReader:
                 if any(readers.have_read(epoch, place, sample, len(order)) for readers in self.past):
                     continue
                 yield raw, (epoch, shard, sample + 1)
-        if not seen:
+        self._barren = 0 if seen else self._barren + 1
+        # In the next epoch a reader of few shards has others of them.
+        if self._barren > (0 if self.deal_samples or self.num_parts == 1 else _BARREN_EPOCHS):
             raise self.tolerance.last or UserError(
                 "the shards hold no sample", where=", ".join(order[:3]), cure="write them again"
             )

@@ -160,8 +160,15 @@ class GapReport:
         """Accuracy's name → item → whether its right option won; empty where nothing is to choose."""
         return {name: choice.right() for name, choice in self._choices.items()} if self._has_choices() else {}
 
+    @property
+    def incomplete(self) -> int:
+        """Multiple-choice items that are not counted, as some of their options were not read."""
+        speech = self._choices["speech_accuracy"]
+        return speech.incomplete if speech.most_options > 1 else 0
+
     def _has_choices(self) -> bool:
-        return self._choices["speech_accuracy"].most_options > 1
+        speech = self._choices["speech_accuracy"]
+        return speech.most_options > 1 and speech.incomplete < len(speech)
 
     @staticmethod
     def write(reports: dict[str, GapReport], path: Path) -> None:

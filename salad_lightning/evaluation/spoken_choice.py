@@ -88,11 +88,23 @@ class SpokenChoice:
         return {group: sum(flags) / len(flags) for group, flags in sorted(right.items())}
 
     def right(self) -> dict[str, bool]:
-        """Item key → whether its right option scores highest; of equal scores the first counts."""
+        """Item key → whether its right option scores highest; of equal scores the first counts.
+
+        Items of which options are missing, since a run read a part of the set (``limit_test_batches``), are left out.
+        """
         return {
             key: max(sorted(options), key=options.__getitem__) == right_option(self._items[key].fields)
             for key, options in sorted(self._scores.items())
+            if self._is_whole(key)
         }
+
+    @property
+    def incomplete(self) -> int:
+        """Items of which options are missing."""
+        return sum(not self._is_whole(key) for key in self._scores)
+
+    def _is_whole(self, key: str) -> bool:
+        return len(self._scores[key]) == len(self._items[key].fields.get("choices", self._scores[key]))
 
     @property
     def most_options(self) -> int:

@@ -30,7 +30,7 @@ from salad_lightning.training.since_step import SinceStep
 from salad_lightning.training.speed_monitor import SpeedMonitor, Work
 
 # Checkpoints of earlier code name the optimizer here.
-__all__ = ["TokenLossModule", "default_optimizer", "save_folder"]
+__all__ = ["TokenLossModule", "default_optimizer", "is_trial", "save_folder"]
 
 
 class TokenLossModule(LightningModule):
@@ -289,15 +289,25 @@ def _check_trainer(trainer: Any) -> None:
         problem = "trainer.max_steps is not set"
     elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
         problem = "trainer.limit_train_batches is a fraction of an endless stream"
+    elif trainer.overfit_batches:
+        problem = "trainer.overfit_batches would be other batches in every epoch"
+    elif trainer.max_epochs not in (None, -1) and not is_trial(trainer):
+        problem = f"trainer.max_epochs is {trainer.max_epochs}"
     if problem:
         raise UserError(
             problem,
             where="trainer",
             cure="training data is an endless stream: set trainer.max_steps (and max_epochs: -1), "
-            "limit_train_batches to a whole number of batches if at all",
+            "limit_train_batches to a whole number of batches if at all; to overfit, train on a folder of few samples",
         )
 
 
 def save_folder(trainer: Any) -> Path:
-    """Where this run writes its results and checkpoints."""
-    return Path(trainer.default_root_dir)
+    """Where this run writes its results; one with ``fast_dev_run`` leaves those of the real one alone."""
+    root = Path(trainer.default_root_dir)
+    return root / "fast_dev_run" if is_trial(trainer) else root
+
+
+def is_trial(trainer: Any) -> bool:
+    """Whether this is a run of a few batches with ``fast_dev_run``, which keeps no checkpoint."""
+    return bool(trainer.fast_dev_run)

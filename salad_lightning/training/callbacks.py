@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from salad_lightning.errors import UserError
-from salad_lightning.training.base import TokenLossModule, save_folder
+from salad_lightning.training.agreement import Agreement
+from salad_lightning.training.base import TokenLossModule, is_trial
+from salad_lightning.training.since_step import validate_again
 
 __all__ = ["FinalCheckpoint", "GlobalBatch", "PreDecayCheckpoint", "SigtermCheckpoint", "checkpoint_folder"]
+
+# What a process has been told, the greater the more urgent.
+_REQUEUE, _STOP = 1, 2
 
 
 class PreDecayCheckpoint(Callback):
@@ -23,35 +34,95 @@ class PreDecayCheckpoint(Callback):
     def __init__(self) -> None:
         self._saved = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Another run, another checkpoint."""
+        self._saved = False
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save once, at the step where the decay begins."""
         assert isinstance(pl_module, TokenLossModule), "PreDecayCheckpoint needs a module with a schedule"
         start = pl_module.schedule.decay_start(trainer.max_steps)
         # Under accumulation several micro-batches end at the same step: only the first of them saves.
-        if not self._saved and trainer.global_step == start:
+        if not self._saved and trainer.global_step == start and not is_trial(trainer):
             trainer.save_checkpoint(checkpoint_folder(trainer) / "pre_decay.ckpt", weights_only=False)
             self._saved = True
 
 
 class FinalCheckpoint(Callback):
-    """Saves ``final.ckpt`` when training has come to its end."""
+    """Saves ``final.ckpt`` when training has come to its end; ``last.ckpt`` where it ended earlier (``max_time``)."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        if trainer.global_step >= trainer.max_steps:
-            trainer.save_checkpoint(checkpoint_folder(trainer) / "final.ckpt", weights_only=False)
+        if not is_trial(trainer):
+            name = "final.ckpt" if trainer.global_step >= trainer.max_steps else "last.ckpt"
+            trainer.save_checkpoint(checkpoint_folder(trainer) / name, weights_only=False)
 
 
 class SigtermCheckpoint(Callback):
     """Saves ``last.ckpt`` when the process is told to stop, so that ``fit --ckpt_path last`` goes on from there.
 
-    On SLURM, Lightning itself saves and requeues on the requeue signal (SIGUSR1 by default).
+    On SLURM, Lightning itself saves and requeues on the requeue signal (SIGUSR1 by default). Of several processes each
+    may get a signal at another moment, or only one of them. Lightning's handlers talk to the others at that moment,
+    and deadlock; in their place, all processes act at the end of the same micro-batch.
     """
 
+    def __init__(self) -> None:
+        self._told = 0
+        self._agreement = Agreement()
+        self._requeue: Callable[[], object] | None = None
+        self._others: list[Any] = []
+        self._validating = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over."""
+        self._told, self._agreement, self._requeue = 0, Agreement(), None
+        if threading.current_thread() is threading.main_thread():
+            # Those of the program that runs the trainer stay; Lightning's stands before them.
+            self._others = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])[1:]
+            signal.signal(signal.SIGTERM, self._note_stop)
+            environment = trainer._accelerator_connector.cluster_environment
+            if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+                lightnings = signal.getsignal(environment.requeue_signal)
+                if callable(lightnings):
+                    self._requeue = functools.partial(lightnings, environment.requeue_signal, None)
+                    signal.signal(environment.requeue_signal, self._note_requeue)
+        # Lightning asks rank 0 before every micro-batch, and waits for the device to answer.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save after the step in which SIGTERM came; Lightning then ends the run."""
-        if trainer.received_sigterm:
-            trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt", weights_only=False)
+        """Save after the micro-batch in which a signal came, on several processes one later; Lightning then ends."""
+        self._act(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save within a validation, which may take longer than the time that is left."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validating = True
+            self._act(trainer)
+            self._validating = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Do a validation anew that is broken off."""
+        if self._validating:
+            validate_again(checkpoint)
+
+    def _act(self, trainer: Trainer) -> None:
+        agreed = self._agreement(_STOP if trainer.received_sigterm else self._told, trainer)
+        if agreed == _REQUEUE and self._requeue is not None:
+            requeue, self._requeue = self._requeue, None
+            self._told, self._agreement = 0, Agreement()
+            requeue()
+        if agreed == _STOP:
+            if not is_trial(trainer):
+                trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt", weights_only=False)
+            trainer._signal_connector.received_sigterm = True  # Lightning ends the run, after it has logged
+
+    def _note_stop(self, *signal_and_frame: Any) -> None:
+        self._told = _STOP
+        for handler in filter(callable, self._others):
+            handler(*signal_and_frame)
+
+    def _note_requeue(self, *_: Any) -> None:
+        self._told = max(self._told, _REQUEUE)
 
 
 class GlobalBatch(Callback):
@@ -118,4 +189,4 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     callback = trainer.checkpoint_callback
     if isinstance(callback, ModelCheckpoint) and callback.dirpath:
         return Path(callback.dirpath)
-    return save_folder(trainer) / "checkpoints"
+    return Path(trainer.default_root_dir) / "checkpoints"

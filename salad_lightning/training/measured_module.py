@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 
 from salad_lightning.batch import Prediction, SpeechBatch
 from salad_lightning.corpus.workspace import write_aside
@@ -69,6 +70,11 @@ class MeasuredModule(TokenLossModule):
         """Log the figures, print the gap table and write ``test.json``."""
         for name, report in self._reports.items():
             report.gather()
+            if report.incomplete:
+                rank_zero_warn(
+                    f"{name}: {report.incomplete} items are not counted, as some of their options were not read; "
+                    "trainer.limit_test_batches ends a set anywhere"
+                )
             self.log_dict({f"test/{name}/{m}": v for m, v in report.overall().items()}, sync_dist=True)
         if self.trainer.is_global_zero:
             GapReport.write(self._reports, save_folder(self.trainer) / "test.json")

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from salad_lightning.batch import SpeechBatch
 
-__all__ = ["SinceStep"]
+__all__ = ["SinceStep", "validate_again"]
 
 
 class _Place(NamedTuple):
@@ -64,3 +64,15 @@ class SinceStep:
             # As Lightning counts when a step has just ended; it goes on behind that batch.
             counts.update(ready=last, started=last, processed=last, completed=last - 1)
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self._place.logged_steps
+
+
+def validate_again(checkpoint: dict[str, Any]) -> None:
+    """Let a run that goes on begin the validation anew in which its checkpoint was saved.
+
+    Lightning would go on with it at the batch behind, in loaders that begin at their first.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = progress["total"]["completed"]
+    # As Lightning counts within a batch, which it then repeats.
+    progress["total"].update(ready=done + 1, started=done + 1, processed=done, completed=done)
+    progress["current"].update(ready=1, started=1, processed=0, completed=0)

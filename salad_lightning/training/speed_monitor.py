@@ -157,7 +157,8 @@ class SpeedMonitor(Callback):
         if self._profiler is not None and step >= self._profile_from + self._profile_steps:
             self._stop_profile(trainer)
         # Under accumulation, several micro-batches end at the same step.
-        if step > self._logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step > self._logged_step and step % every == 0:
             self._log(trainer, module)
             self._logged_step = step
             self._begin(module)
