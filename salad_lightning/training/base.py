@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,14 @@ from salad_lightning.corpus.workspace import write_aside
 from salad_lightning.data.spec import SequenceSpec
 from salad_lightning.errors import UserError
 from salad_lightning.model.parallel import check_device, compute_dtype
-from salad_lightning.training.checkpoints import AtomicCheckpointIO, compare_weights, frozen_names, is_of, trained_names
+from salad_lightning.training.checkpoints import (
+    PLAIN,
+    AtomicCheckpointIO,
+    compare_weights,
+    frozen_names,
+    is_of,
+    trained_names,
+)
 from salad_lightning.training.optimizer import default_optimizer, restore_fused
 from salad_lightning.training.schedule import WarmupStableDecay
 from salad_lightning.training.since_step import SinceStep
@@ -258,6 +265,12 @@ class TokenLossModule(LightningModule):
                 where="trainer.strategy",
                 cure="set it to auto (one device) or ddp",
             )
+        if objects := sorted(name for name, value in self.hparams.items() if not _is_plain(value)):
+            rank_zero_warn(
+                f"{type(self).__name__} was built with objects ({', '.join(objects)}). This run can go on from its "
+                "checkpoints; other stages, `select` and `export` will refuse them, since reading objects can run "
+                f"code: {PLAIN}"
+            )
         self._totals.clear()  # of a run that ended within a step
         self._since_step = SinceStep()
         self._started = time.perf_counter()
@@ -300,6 +313,15 @@ def _check_trainer(trainer: Any) -> None:
             cure="training data is an endless stream: set trainer.max_steps (and max_epochs: -1), "
             "limit_train_batches to a whole number of batches if at all; to overfit, train on a folder of few samples",
         )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be read from a file without running code."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def save_folder(trainer: Any) -> Path:

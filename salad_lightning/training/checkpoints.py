@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from salad_lightning.errors import UserError
 from salad_lightning.model.checkpoint_folder import check_fit, is_checkpoint_folder, older_checkpoint, read_whole
 
 __all__ = [
+    "PLAIN",
     "AtomicCheckpointIO",
     "check_outline",
     "check_trained",
@@ -26,6 +28,13 @@ __all__ = [
     "load_checkpoint",
     "trained_names",
 ]
+
+
+PLAIN = (
+    "build the module from plain settings, as `fit` does: lightning.pytorch.cli.instantiate_module(SpeechLLMModule, "
+    "{'llm': …, 'encoder': {'class_path': …, 'init_args': {…}}, …})"
+)
+"""What to do about checkpoints that others than the run itself refuse to read."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -78,6 +87,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline
     except FileNotFoundError as error:
         raise UserError("no such checkpoint", where=where, cure=cure) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise UserError(f"the checkpoint holds an object, {found[1]}", where=where, cure=PLAIN) from error
         first = str(error).partition("\n")[0]
         raise UserError(f"the checkpoint cannot be read ({first})", where=where, cure=cure) from error
     if not isinstance(content, dict) or "state_dict" not in content:

@@ -283,3 +283,23 @@ def test_a_mistake_found_by_a_worker_arrives_as_it_was(tmp_path, make_spec, num_
         assert caught.value.cure
         assert "Traceback" not in str(caught.value)
     data.teardown()
+
+
+def test_a_second_run_begins_at_the_beginning(folders, make_spec, tmp_path):
+    """Arms of a comparison in one process see the same data; so does one that was measured before."""
+    data, seen = _module(folders), []
+    for _ in range(2):
+        recorder = _Recorder(make_spec())
+        trainer = _trainer(tmp_path, max_steps=6)
+        trainer.fit(recorder, datamodule=data)
+        seen.append(recorder.seen)
+    assert seen[0] == seen[1]
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    measured = _trainer(tmp_path, limit_val_batches=1.0)
+    measured.validate(_Recorder(make_spec()), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    recorder = _Recorder(make_spec())
+    trainer = _trainer(tmp_path, max_steps=3)
+    trainer.fit(recorder, datamodule=data)
+    trainer.fit_loop.epoch_loop.max_steps = 6  # the same run goes on
+    trainer.fit(recorder, datamodule=data)
+    assert recorder.seen == seen[0]

@@ -242,3 +242,31 @@ def test_a_listing_that_cannot_be_written_ends_no_run(tmp_path, caplog):
 def test_a_fraction_is_one(folder, fraction):
     with pytest.raises(UserError, match="max_bad_fraction"):
         SpeechDataModule(train=[_source(folder, max_bad_fraction=fraction)])
+
+
+@pytest.mark.parametrize("fault", ["broken", "empty"])
+def test_one_bad_shard_of_as_many_as_readers(tmp_path, make_spec, fault):
+    """A reader that has no other in an epoch waits for the next."""
+    shards = save_speech_shards(tmp_path / "shards", num_samples=16, samples_per_shard=2)
+    bad = sorted(shards.glob("*.tar"))[3]
+    if fault == "broken":
+        bad.write_bytes(b"no tar at all" * 100)
+    else:
+        _tar(bad, [])
+    good = {f"speech{number:06d}" for number in range(16)} - {"speech000006", "speech000007"}
+    for rank in range(8):
+        source = Source(str(shards), InterleaveDocuments(), max_bad_fraction=0.5)
+        stream = TrainingStream([source], make_spec(), rows_per_batch=1, seed=0, rank=rank, world_size=8)
+        batches = itertools.islice(stream, 30)
+        assert {info.key for batch in batches for info in batch.documents} == good
+
+
+def test_nothing_but_empty_shards(tmp_path, make_spec):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(8):
+        _tar(shards / f"{number}.tar", [])
+    stream = TrainingStream([Source(str(shards), InterleaveDocuments())], make_spec(), rows_per_batch=1, seed=0,
+                            rank=3, world_size=8)  # fmt: skip
+    with pytest.raises(UserError, match="the shards hold no sample"):
+        next(iter(stream))

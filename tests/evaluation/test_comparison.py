@@ -52,3 +52,16 @@ def test_every_row_is_in_the_legend(tmp_path, monkeypatch):
     draw(content, tmp_path / "figure.png")
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == [BASE, TEXT, SPEECH, CASCADE]
+
+
+def test_only_what_every_row_has_is_compared():
+    """A run of a part of the sets hears other items than it reads."""
+    read = {name: {"a": True, "b": False, "c": True} for name in NAMES}
+    heard = {name: {"b": True, "c": False, "d": True} for name in NAMES}
+    right = {"arc": read, "arc (cascade)": heard, "other": answers(True, True, True, True), "other (cascade)": {}}
+    right["other (cascade)"] = {name: {} for name in NAMES}
+    cascades = {name: f"{name} (cascade)" for name in ("arc", "other")}
+    tasks = compare(right, {name: {} for name in right}, cascades)["tasks"]
+    assert list(tasks) == ["arc"]
+    assert tasks["arc"]["items"] == 2
+    assert [tasks["arc"]["rows"][label]["accuracy"] for label in (BASE, CASCADE)] == [0.5, 0.5]

@@ -175,3 +175,15 @@ def test_text_accuracy_of_a_text_model(world, plain):
         scores = [float(plain.log_probs(record, audio, choice)[1]["base_text"].mean()) for choice in range(4)]
         right.append(scores.index(max(scores)) == record["answer"])
     assert TinyRun(world.folder / "text").column("test/text_accuracy") == pytest.approx([sum(right) / 12])
+
+
+def test_a_part_of_a_set(world, checkpoint, tested, caplog):
+    """An item counts with all its options, or not at all."""
+    options = [f"--ckpt_path={checkpoint}", "--data.eval_rows_per_batch=1", "--trainer.limit_test_batches=3"]
+    with pytest.warns(UserWarning, match="items are not counted, as some of their options were not read"):
+        part = world.run("test", "part", *options)
+    found, whole = part.results("items.json")["choice"], tested.results("items.json")["choice"]
+    for name, right in found.items():
+        assert 0 < len(right) < len(whole[name])
+        assert right == {key: whole[name][key] for key in right}
+        assert part.results()["choice"]["all"][name] == pytest.approx(sum(right.values()) / len(right))

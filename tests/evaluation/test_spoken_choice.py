@@ -58,3 +58,15 @@ def test_two_items_of_one_key_on_two_ranks_are_refused(monkeypatch):
     with pytest.raises(UserError, match="two items have this key") as error:
         gathered("a", "a")
     assert error.value.where == "arc: a"
+
+
+def test_items_with_missing_options_are_not_counted():
+    """A run of a part of the set ends within an item, whose best option of those read says nothing."""
+    choice = SpokenChoice()
+    for key, options in (("whole", (0, 1, 2)), ("only the right one", (1,)), ("only wrong ones", (0, 2))):
+        for option in options:
+            info = DocumentInfo(key, "s", {"answer": 1, "choices": ["a", "b", "c"]}, option)
+            choice.update(torch.tensor([-1.0 - option]), torch.tensor([0]), [info])
+    assert choice.right() == {"whole": False}
+    assert choice.accuracy() == {"all": 0.0}
+    assert choice.incomplete == 2

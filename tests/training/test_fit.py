@@ -8,17 +8,26 @@ import os
 import re
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import instantiate_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salad_lightning.cli import main
 from salad_lightning.commands import lightning
+from salad_lightning.connectors.mlp import MLPConnector
+from salad_lightning.data.datamodule import SpeechDataModule
+from salad_lightning.data.interleave import InterleaveDocuments
+from salad_lightning.data.sources import Source
+from salad_lightning.encoders.log_mel import LogMelEncoder
+from salad_lightning.objectives.forward_kl import ForwardKLObjective
 from salad_lightning.testing.runs import TinyRun
 from salad_lightning.testing.tiny_encoders import save_tiny_hubert
+from salad_lightning.training.callbacks import FinalCheckpoint
 from salad_lightning.training.from_checkpoint import trained_module
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 from salad_lightning.training.text_lm_module import TextLMModule
@@ -116,6 +125,35 @@ def test_load_from_checkpoint(trained):
     }
     assert_same_weights({name: module.state_dict()[name] for name in saved}, saved)
     assert module.hparams["llm_lr"] == 1e-3
+
+
+def test_a_module_that_was_built_of_objects(world, trained, tmp_path, capsys):
+    """Its run may go on; others would have to run code to read its checkpoints. Said before training, not after."""
+    settings = yaml.safe_load(world.config.read_text())["model"]["init_args"] | {"schedule": None}
+    parts = {
+        "encoder": LogMelEncoder(),
+        "connector": lambda *, encoder_dim, llm_dim: MLPConnector(encoder_dim=encoder_dim, llm_dim=llm_dim, stack=8),
+        "objective": ForwardKLObjective(),
+    }
+    for name, made in (
+        ("objects", SpeechLLMModule(**settings | parts)),
+        ("settings", instantiate_module(SpeechLLMModule, settings)),
+    ):
+        data = SpeechDataModule([Source(str(world.folder / "speech"), InterleaveDocuments())], rows_per_batch=2)
+        trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, default_root_dir=tmp_path / name,
+                          enable_progress_bar=False, callbacks=[FinalCheckpoint()])  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(made, data)
+        told = [str(warning.message) for warning in caught if "was built with objects" in str(warning.message)]
+        assert bool(told) == (name == "objects")
+        taken = main(world.arguments("fit", "y", f"--model.init_from={tmp_path / name / 'checkpoints' / 'final.ckpt'}"))
+        assert taken == (2 if told else 0)
+        if told:
+            assert "(encoder, objective, optimizer)" in told[0]
+            message = capsys.readouterr().err
+            for words in ("the checkpoint holds an object", "final.ckpt", "instantiate_module"):
+                assert words in message
 
 
 # Freezing
