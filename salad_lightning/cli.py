@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -66,6 +67,8 @@ COMMANDS = {
     "demo": Command("train and measure the miniature world on this machine", "salad_lightning.demo.run"),
 }
 _DEBUG = "SALAD_DEBUG"
+# Of the place that is written to, and nobody's bug.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EIO)
 # For errors that are not our own words.
 _HINT = f"  (full traceback: {_DEBUG}=1)"
 
@@ -92,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse's --help and errors; Lightning's way to end after Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             return 130
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's, after the step in which SIGTERM came
-            return 143
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, after the micro-batch in which a signal came
+            return 143 if stop.code is None else int(stop.code)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         message = _explain(error)
@@ -155,6 +158,10 @@ def _explain(error: Exception) -> str | None:
         and error.filename
     ):
         return f"{error.filename}: {error.strerror}\n{_HINT}"
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return f"{error.filename or 'writing'}: {error.strerror}\n{_HINT}"
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return f"writing: {error}\n{_HINT}"
     # Lightning's own word for a user's mistake; by name, because importing it costs seconds.
     if any(base.__name__ == "MisconfigurationException" for base in type(error).__mro__):
         return f"{error}\n{_HINT}"

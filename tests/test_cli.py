@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -37,6 +38,17 @@ model:
       class_path: MLPConnector
       init_args: {stack: 4, hidden_dim: 24}
     objective: ForwardKLObjective
+"""
+SOURCES = """\
+data:
+  init_args:
+    train:
+      - shards: data/one
+        documents: {class_path: InterleaveDocuments}
+        weight: 2
+      - shards: data/two
+        documents: {class_path: InterleaveDocuments}
+        weight: 1
 """
 
 
@@ -234,6 +246,8 @@ def test_unknown_subcommand(refused):
         ("SpeechLLMModule", "SpechLLMModule", [":7:", "did you mean SpeechLLMModule?"]),
         ("SpeechLLMModule", "my_package.MyModule", [":7:", "No module named 'my_package'"]),
         ("ModelCheckpoint", "ModelChekpoint", ["did you mean ModelCheckpoint?"]),
+        ("    llm: nowhere", "    llm: nowhere\n    lora: {r: 8}", [":10:", "'model.lora.r'", "did you mean 'rank'?"]),
+        ("every_n_train_steps", "every_n_train_step", [":5:", "did you mean 'every_n_train_steps'?"]),
         ("model:", "model: [", [":8: not valid YAML"]),
         (GOOD, "- a\n- b\n", ["a configuration is a mapping"]),
     ],
@@ -276,6 +290,47 @@ def test_the_last_file_that_sets_a_key_is_blamed(write, refused):
     assert refused("fit", "--config", first, "--config", second).startswith(f"{second}:3:")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("shards", "shard", ["'data.train.shard'", "did you mean 'shards'?"]),
+        ("Documents}", "Documents, init_args: {text_word: [1, 2]}}", ["'data.train.documents.text_word'",
+                                                                    "did you mean 'text_words'?"]),
+        ("InterleaveDocuments", "InterleaveDocument", ["did you mean InterleaveDocuments?"]),
+        ("{class_path: InterleaveDocuments}", "InterleaveDocument", ["did you mean InterleaveDocuments?"]),
+        ("InterleaveDocuments", "my_package.MyDocuments", ["No module named 'my_package'"]),
+        ("weight: ", "weight: x", ["'data.train.weight' takes float"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", [0, 1])
+def test_mistakes_in_a_source_name_its_line(write, refused, old, new, words, source):
+    first, second = SOURCES.split("      - shards: data/two")
+    parts = [first, "      - shards: data/two" + second]
+    parts[source] = parts[source].replace(old, new)
+    lines = zip("".join(parts).splitlines(), SOURCES.splitlines(), strict=True)
+    wrong = next(number for number, (now, before) in enumerate(lines, 1) if now != before)
+    path = write("".join(parts), "sources.yaml")
+    # Another file that is right is not to blame for it.
+    message = refused("fit", "--config", write(GOOD), "--config", path, "--config", write(SOURCES, "right.yaml"))
+    assert message.startswith(f"{path}:{wrong}: "), message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_misspelt_key_of_what_makes_the_model(write, refused):
+    model = "model:\n  class_path: salad_lightning.training.from_checkpoint.from_checkpoint\n"
+    path = write(f"{model}  init_args: {{chekpoint: nowhere.ckpt}}\n")
+    message = refused("test", "--config", path)
+    assert message.startswith(f"{path}:3: there is no key 'model.chekpoint'")
+    assert "did you mean 'checkpoint'?" in message
+
+
+@pytest.mark.parametrize("command", ["fit", "select"])
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_an_empty_config(write, refused, command, text):
+    path = write(text, "empty.yaml")
+    assert refused(command, "--config", path).startswith(f"{path}: the configuration file is empty")
+
+
 def test_a_size_that_a_part_refuses(write, refused):
     config = write(
         GOOD.replace("encoder: LogMelEncoder", "encoder: {class_path: LogMelEncoder, init_args: {num_mels: 0}}")
@@ -316,6 +371,14 @@ def test_other_errors(monkeypatch, refused, capsys):
     assert "no such accelerator" in refused("fit")
     monkeypatch.setattr(cli, "_dispatch", raising(FileNotFoundError(2, "No such file or directory", "x.ckpt")))
     assert refused("fit").startswith("x.ckpt: No such file")
+    for number in (errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG):
+        monkeypatch.setattr(cli, "_dispatch", raising(OSError(number, os.strerror(number), "out/x.json")))
+        assert refused("fit").startswith(f"out/x.json: {os.strerror(number)}")
+    monkeypatch.setattr(cli, "_dispatch", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert "No space left" in refused("fit")
+    monkeypatch.setattr(cli, "_dispatch", raising(OSError(errno.EBADF, "Bad file descriptor")))
+    with pytest.raises(OSError, match="Bad file"):
+        main(["fit"])
     monkeypatch.setattr(cli, "_dispatch", raising(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         main(["fit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import multiprocessing
 import random
@@ -24,7 +25,7 @@ from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Speech, Synthesizer
 from salad_lightning.registry import load_all
 
-__all__ = ["SpeechJob", "speak_shard"]
+__all__ = ["SpeechJob", "check_voices", "speak_shard"]
 
 _SILENCE = 1e-3  # of full scale: below the quantisation noise of 10 bits
 _TIME_SLACK_S = 0.01
@@ -130,6 +131,35 @@ def _duration(speech: Speech, sample_rate_hz: int) -> float:
     return duration_s
 
 
+def check_voices(name: str, voices: Sequence[dict[str, Any]]) -> None:
+    """Refuse what no synthesizer can be built of, without building one.
+
+    Args:
+        name: Name of an installed synthesizer, or the full path of a class.
+        voices: Arguments of each voice.
+
+    Raises:
+        UserError: If there is no such class, or it takes no such argument.
+    """
+    signature = inspect.signature(_class_of(name))
+    for voice in voices:
+        try:
+            signature.bind(**voice)
+        except TypeError as error:
+            raise UserError(f"{name}: {error}", where=f"voice {voice}", cure=f"it takes {signature}") from error
+
+
+def _class_of(name: str) -> type[Synthesizer]:
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return load_all(["synthesizer"]).find("synthesizer", name, where="synthesizer")
+    try:
+        found: type[Synthesizer] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"no such class ({error})", where=f"synthesizer {name}", cure="see `plugins`") from error
+    return found
+
+
 @functools.lru_cache(maxsize=64)
 def _synthesizer(name: str, voice: str) -> Synthesizer:
     """The synthesizer of a voice; built once in each process."""
@@ -137,16 +167,8 @@ def _synthesizer(name: str, voice: str) -> Synthesizer:
         # Processes of a pool are numbered from 1: they take the GPUs in turn.
         number = re.search(r"\d+$", multiprocessing.current_process().name)
         torch.cuda.set_device(int(number[0] if number else 0) % torch.cuda.device_count())
-    module, _, attribute = name.rpartition(".")
-    if module:
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"no such class ({error})", where=f"synthesizer {name}", cure="see `plugins`") from error
-    else:
-        cls = load_all(["synthesizer"]).find("synthesizer", name, where="synthesizer")
     try:
-        built: Synthesizer = cls(**json.loads(voice))
+        built: Synthesizer = _class_of(name)(**json.loads(voice))
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} cannot be built: {error}", where=f"voice {voice}", cure="see its docstring") from error
     return built

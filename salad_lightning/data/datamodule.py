@@ -78,6 +78,8 @@ class SpeechDataModule(LightningDataModule):
         for key, count in counts.items():
             if count < 1:
                 raise UserError(f"{count} is too small", where=f"data.{key}", cure="give 1 or more")
+        if num_workers < 0:
+            raise UserError(f"{num_workers} is too small", where="data.num_workers", cure="give 0 or more")
         for source in train or []:
             if source.documents.control == "shuffled":
                 raise UserError("the shuffled control is for evaluation", where=f"data.train: {source.name}")

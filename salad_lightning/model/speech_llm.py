@@ -59,6 +59,7 @@ class SpeechLLM(nn.Module):
         self.connector = connector
         self.layer_mix = nn.Parameter(torch.zeros(encoder.num_layers)) if encoder.num_layers > 1 else None
         self.switch = nn.Parameter(torch.randn(2, llm.dim) * 0.02) if switch_embeddings else None
+        self._checked = False  # whether the connector keeps to what it announced
 
     def forward(self, batch: SpeechBatch, objective: Objective, teacher: Prediction | None) -> ObjectiveOutput:
         """Summed loss of a batch. The objective runs in here because the head may be sharded outside.
@@ -118,7 +119,12 @@ class SpeechLLM(nn.Module):
         index_KT = (batch.span_first_frame_K[:, None] + offset_T).clamp(max=frames_NTKD.shape[1] - 1)
         frames_KTKD = frames_NTKD[batch.span_clip_K[:, None], index_KT] * inside_KT[..., None, None]
         output = self.connector(self._mix(frames_KTKD), batch.span_num_frames_K, num_words_N=batch.span_num_words_K)
-        assert isinstance(output, ConnectorOutput)
+        if not isinstance(output, ConnectorOutput):
+            raise UserError(
+                f"{type(self.connector).__name__} gives {type(output).__name__}",
+                where="model.connector",
+                cure="let its forward return a ConnectorOutput",
+            )
         return output
 
     def _stored(self, batch: SpeechBatch) -> Stored:
@@ -159,6 +165,9 @@ class SpeechLLM(nn.Module):
         speech_KTD, lengths_K, losses = self.embed_speech(batch)
         B, S, D = text_BSD.shape
         edge = 0 if self.switch is None else 1
+        if not self._checked:  # once: it waits for the device
+            _check_speech(self.connector, speech_KTD, lengths_K, batch.span_num_positions_K - 2 * edge, D)
+            self._checked = True
         unused_K = batch.span_num_positions_K - lengths_K - 2 * edge
         first_K = batch.span_at_K + unused_K + edge
         offset_T = torch.arange(speech_KTD.shape[1], device=text_BSD.device)
@@ -190,6 +199,27 @@ class SpeechLLM(nn.Module):
             "max_span_frames": 1,
         }
         return SpeechBatch(**fields)
+
+
+def _check_speech(connector: Connector, speech_KTD: Tensor, lengths_K: Tensor, announced_K: Tensor, dim: int) -> None:
+    """Positions are counted long before the connector runs: more of them would overwrite the text before a span."""
+    spans, least = announced_K.shape[0], int(lengths_K.max())
+    cure = "see salad_lightning.interfaces.Connector, and test it with salad_lightning.testing.contracts"
+    where = type(connector).__name__
+    if speech_KTD.ndim != 3 or speech_KTD.shape[0] != spans or speech_KTD.shape[2] != dim:
+        raise UserError(
+            f"its embeddings are {tuple(speech_KTD.shape)}, not [{spans}, T', {dim}]", where=where, cure=cure
+        )
+    if least > speech_KTD.shape[1]:
+        raise UserError(f"it says {least} positions and gives {speech_KTD.shape[1]}", where=where, cure=cure)
+    wrong = (lengths_K != announced_K) if connector.exact else (lengths_K > announced_K)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise UserError(
+            f"it gives {int(lengths_K[at])} positions where output_lengths says {int(announced_K[at])}",
+            where=where,
+            cure=cure,
+        )
 
 
 def _extend(data_NT: Tensor, num_frames: int) -> Tensor:

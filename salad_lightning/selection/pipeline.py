@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from salad_lightning.corpus.speaking import check_voices
 from salad_lightning.corpus.synthesize import synthesize
 from salad_lightning.errors import UserError
 from salad_lightning.evaluation.fingerprint import fingerprint
@@ -51,6 +52,13 @@ def select(settings: SelectionSettings) -> Path:
         raise UserError(
             "a cluster needs a text to be scored by", where="probe.texts_per_cluster", cure="give 1 or more"
         )
+    for key, count in (("cluster.num_clusters", settings.cluster.num_clusters), ("embed.dim", settings.embed.dim)):
+        if count < 1:
+            raise UserError(f"{count} is too small", where=key, cure="give 1 or more")
+    if settings.draw.max_share * settings.cluster.num_clusters < 1:
+        what = f"{settings.cluster.num_clusters} clusters of at most {settings.draw.max_share:g} each do not make 1"
+        raise UserError(what, where="draw.max_share", cure="give more, or more clusters")
+    check_voices(settings.probe.synthesizer, settings.probe.voices)
     steps = Path(settings.steps or settings.output)
 
     made_of = {"files": fingerprint(corpus_files(settings.texts.paths)), **_stated(settings.texts)}

@@ -21,12 +21,15 @@ from pathlib import Path
 from statistics import fmean, variance
 
 from salad_lightning.data.format import decode, read_shard
+from salad_lightning.data.interleave import InterleaveDocuments
 from salad_lightning.errors import UserError
 from salad_lightning.evaluation.recognizer import Recognizer
 from salad_lightning.model.checkpoint_folder import is_checkpoint_folder
 from salad_lightning.selection.intelligibility import character_error_rates
 from salad_lightning.selection.settings import ScoreSettings
 from salad_lightning.selection.stage1 import TextLoss, distillation_losses
+from salad_lightning.training.checkpoints import load_checkpoint
+from salad_lightning.training.handover import check_not_decayed
 
 __all__ = [
     "ClusterScore",
@@ -138,7 +141,8 @@ def check_score_settings(settings: ScoreSettings) -> None:
     """Refuse what would be found out only after hours of embedding.
 
     Raises:
-        UserError: If the filter is on without a recognizer, a limit is out of range, or the checkpoint is missing.
+        UserError: If the filter is on without a recognizer, a limit is out of range, or the checkpoint is missing or
+            has decayed.
     """
     if settings.intelligibility and not settings.recognizer:
         raise UserError(
@@ -151,6 +155,9 @@ def check_score_settings(settings: ScoreSettings) -> None:
     if not (Path(settings.checkpoint).is_file() or is_checkpoint_folder(settings.checkpoint)):
         cure = "give the pre_decay.ckpt of a Stage-I run: the file, or the folder of a sharded run"
         raise UserError("no such checkpoint", where=f"score.checkpoint: {settings.checkpoint}", cure=cure)
+    InterleaveDocuments(text_words=settings.text_words, speech_words=settings.speech_words)
+    if not settings.allow_decayed:
+        check_not_decayed(load_checkpoint(settings.checkpoint, weights_only=True, outline=True), settings.checkpoint)
 
 
 def read_probes(shards: Path) -> list[Probe]:

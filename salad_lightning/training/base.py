@@ -298,6 +298,12 @@ class TokenLossModule(LightningModule):
 
 def _check_trainer(trainer: Any) -> None:
     problem = ""
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"{trainer.accumulate_grad_batches} is too small",
+            where="trainer.accumulate_grad_batches",
+            cure="give 1 or more",
+        )
     if trainer.max_steps < 1:
         problem = "trainer.max_steps is not set"
     elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:

@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from salad_lightning.errors import UserError
 from salad_lightning.training.agreement import Agreement
@@ -61,6 +63,8 @@ class FinalCheckpoint(Callback):
 class SigtermCheckpoint(Callback):
     """Saves ``last.ckpt`` when the process is told to stop, so that ``fit --ckpt_path last`` goes on from there.
 
+    By SIGTERM, or by Ctrl-C; the second Ctrl-C ends the run at once.
+
     On SLURM, Lightning itself saves and requeues on the requeue signal (SIGUSR1 by default). Of several processes each
     may get a signal at another moment, or only one of them. Lightning's handlers talk to the others at that moment,
     and deadlock; in their place, all processes act at the end of the same micro-batch.
@@ -71,15 +75,17 @@ class SigtermCheckpoint(Callback):
         self._agreement = Agreement()
         self._requeue: Callable[[], object] | None = None
         self._others: list[Any] = []
-        self._validating = False
+        self._validating = self._interrupted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over."""
-        self._told, self._agreement, self._requeue = 0, Agreement(), None
+        self._told, self._agreement, self._requeue, self._interrupted = 0, Agreement(), None, False
         if threading.current_thread() is threading.main_thread():
             # Those of the program that runs the trainer stay; Lightning's stands before them.
             self._others = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])[1:]
             signal.signal(signal.SIGTERM, self._note_stop)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, self._note_interrupt)
             environment = trainer._accelerator_connector.cluster_environment
             if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
                 lightnings = signal.getsignal(environment.requeue_signal)
@@ -120,6 +126,17 @@ class SigtermCheckpoint(Callback):
         self._told = _STOP
         for handler in filter(callable, self._others):
             handler(*signal_and_frame)
+
+    def _note_interrupt(self, *_: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._told, self._interrupted = _STOP, True
+        rank_zero_info("interrupted: saving last.ckpt after this micro-batch; once more ends the run at once")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End with the exit code of Ctrl-C, if that was it."""
+        if isinstance(exception, SIGTERMException) and self._interrupted:
+            exception.code = 128 + signal.SIGINT
 
     def _note_requeue(self, *_: Any) -> None:
         self._told = max(self._told, _REQUEUE)

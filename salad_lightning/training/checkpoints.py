@@ -30,10 +30,7 @@ __all__ = [
 ]
 
 
-PLAIN = (
-    "build the module from plain settings, as `fit` does: lightning.pytorch.cli.instantiate_module(SpeechLLMModule, "
-    "{'llm': …, 'encoder': {'class_path': …, 'init_args': {…}}, …})"
-)
+PLAIN = "build the module by salad_lightning.training.from_settings, from what a recipe would say of it"
 """What to do about checkpoints that others than the run itself refuse to read."""
 
 
@@ -86,7 +83,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline
         content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=outline)
     except FileNotFoundError as error:
         raise UserError("no such checkpoint", where=where, cure=cure) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError, LookupError, ValueError) as error:
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise UserError(f"the checkpoint holds an object, {found[1]}", where=where, cure=PLAIN) from error
         first = str(error).partition("\n")[0]

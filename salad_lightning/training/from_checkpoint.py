@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import instantiate_module
 
 from salad_lightning.errors import UserError
@@ -93,5 +95,24 @@ def _build(checkpoint: dict[str, Any], path: str, **changes: Any) -> SpeechLLMMo
     # What it began from matters no more.
     settings |= {"init_from": None, "require_pre_decay": False, **changes}
     load_all(MODEL_KINDS)  # its parts may be plugins
-    module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
+    try:
+        module: SpeechLLMModule = instantiate_module(SpeechLLMModule, settings)
+    except (ArgumentError, ImportError, TypeError, ValueError) as error:
+        raise _explained(error, path) from error
     return module
+
+
+def _explained(error: BaseException, path: str) -> UserError:
+    """What is not where it was, out of all that was tried in reading the settings."""
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, UserError):
+        first = first.__cause__ or first.__context__
+    if first is not None:
+        return UserError(first.what, where=f"{path}: {first.where}", cure=first.cure)
+    found = re.search(r"No module named '[^']+'|Expected a dot import path string: \S+", str(error))
+    what = found[0].replace("Expected a dot import path string:", "unknown:") if found else str(error).split("\n")[0]
+    return UserError(
+        f"the model cannot be built from the checkpoint's settings: {what}",
+        where=path,
+        cure="install the plugins it was trained with; modules of one's own must be importable (PYTHONPATH)",
+    )

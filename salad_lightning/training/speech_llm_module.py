@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from salad_lightning.batch import ObjectiveOutput, Prediction, SpeechBatch
@@ -118,6 +118,9 @@ class SpeechLLMModule(MeasuredModule):
                 )
         built = connector(encoder_dim=encoder.output_dim, llm_dim=self._config.get_text_config().hidden_size)
         self._parts: tuple[Encoder, Connector] = (encoder, built)  # a tuple: they are registered inside the SpeechLLM
+        for name, value, least in (("connector_lr", connector_lr, 0), ("llm_lr", llm_lr, 0), ("context", context, 1)):
+            if not value >= least:
+                raise UserError(f"{value} is too small", where=f"model.{name}", cure=f"give {least} or more")
         self._context, self._switch = context, switch_embeddings
         self._rates = {"connector": connector_lr, "llm": llm_lr}
         self._freeze, self._init_from, self._require_pre_decay = freeze or [], init_from, require_pre_decay
@@ -150,6 +153,10 @@ class SpeechLLMModule(MeasuredModule):
                 )
         if self._init_from and not hasattr(self, "model"):
             self.check_checkpoint(self._init_from)
+        if not (stage == "fit" or self.trainer.ckpt_path or self._init_from or hasattr(self, "model")):
+            rank_zero_warn(
+                "the connector has random weights: neither --ckpt_path nor model.init_from names what was trained"
+            )
 
     def configure_model(self) -> None:
         """Load the weights, once, and spread them if the strategy asks for it."""

@@ -71,6 +71,7 @@ def prepared(tmp_path, spec, monkeypatch):
         trainer = SimpleNamespace(
             datamodule=data,
             default_root_dir=tmp_path / "run",
+            fast_dev_run=False,
             world_size=1,
             is_global_zero=True,
             strategy=SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda: None),

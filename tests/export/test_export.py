@@ -275,3 +275,28 @@ def test_no_folder_at_all(tmp_path):
     for load in (load_pretrained, SaladProcessor.from_pretrained):
         with pytest.raises(UserError, match="no such folder"):
             load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"connector": {"class_path": "gone_plugin.Connector"}}, ["No module named 'gone_plugin'", "install"]),
+        ({"connector": "NoSuchConnector"}, ["unknown: NoSuchConnector", "install"]),
+        ({"llm": "/nowhere/llm"}, ["/nowhere/llm: no such folder"]),
+    ],
+)
+def test_what_a_checkpoint_was_made_of_is_gone(checkpoint, tmp_path, capsys, change, words):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= change
+    torch.save(content, tmp_path / "x.ckpt")
+    assert main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    for part in [*words, str(tmp_path / "x.ckpt")]:
+        assert part in message
+    assert len(message) < 700
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_in_place_of_a_checkpoint(world, tmp_path, capsys):
+    assert main(["export", str(world.config), str(tmp_path / "out")]) == 2
+    assert "the checkpoint cannot be read" in capsys.readouterr().err

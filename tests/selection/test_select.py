@@ -173,6 +173,12 @@ def refused(settings, write, capsys):
         ),
         ("score", "checkpoint", "none.ckpt", ["score.checkpoint", "no such checkpoint"]),
         ("probe", "texts_per_cluster", 0, ["probe.texts_per_cluster"]),
+        ("score", "text_words", [4, 1], ["[4, 1] is not a range of words"]),
+        ("draw", "max_share", 0.3, ["draw.max_share", "3 clusters of at most 0.3 each do not make 1"]),
+        ("probe", "synthesizer", "Espeek", ["no installed package offers the synthesizer"]),
+        ("probe", "voices", [{"mumble_at": []}], ["mumble_at", "it takes", "mumbles_at"]),
+        ("cluster", "num_clusters", -4, ["cluster.num_clusters", "-4 is too small"]),
+        ("embed", "dim", 0, ["embed.dim", "0 is too small"]),
         ("texts", "paths", ["nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         ("texts", "paths", [], ["texts.paths"]),
     ],
@@ -189,6 +195,7 @@ def test_a_decayed_checkpoint(refused, settings, stage1, write):
     message = refused(lambda changed: changed["score"].update(checkpoint=decayed))
     assert "the learning rate has decayed" in message
     assert "pre_decay.ckpt" in message
+    assert not Path(settings["output"]).exists()
     settings["score"] |= {"checkpoint": decayed, "allow_decayed": True}
     select(write(settings))
 
@@ -198,10 +205,9 @@ def test_a_decayed_checkpoint(refused, settings, stage1, write):
     [
         (lambda s: s["cluster"].update(num_clusters=500), ["180 texts cannot make 500 clusters"]),
         (lambda s: s["draw"].update(seconds=1e6), ["the budget is 1000000 s", "all that can be chosen is about"]),
-        (lambda s: s["draw"].update(max_share=0.3), ["do not add up to 1", "give 0.5 or more"]),
+        (lambda s: s["draw"].update(max_share=0.4), ["do not add up to 1", "give 0.5 or more"]),
         (lambda s: s["texts"].update(column="body"), ["no text can be used (180 empty)", "texts.column"]),
         (lambda s: s["embed"].update(encoder="no/where"), ["embed.encoder: no/where"]),
-        (lambda s: s["probe"].update(synthesizer="Espeek"), ["no installed package offers the synthesizer"]),
         (lambda s: s["score"].update(recognizer="no/where"), ["score.recognizer: no/where"]),
         (lambda s: s["score"].update(max_cluster_cer=1e-9), ["none of 3 clusters is left", "dropped.jsonl"]),
         (lambda s: s["draw"].update(gama=5), ["gama", "did you mean 'gamma'?"]),
@@ -234,11 +240,12 @@ def test_the_recipe_runs_with_models_and_sizes_swapped(settings, write):
     assert texts["num_samples"] == 3 * settings["probe"]["texts_per_cluster"]
 
 
-def test_after_a_mistake_was_put_right_finished_steps_are_kept(settings, write, stage1):
-    settings["score"]["checkpoint"] = str(stage1 / "final.ckpt")
+def test_after_a_mistake_was_put_right_finished_steps_are_kept(settings, write):
+    recognizer = settings["score"]["recognizer"]
+    settings["score"]["recognizer"] = "no/where"
     assert main(["select", "--config", str(write(settings))]) == 2
     output = Path(settings["output"])
     probed = only(output, "probe").stat().st_mtime_ns
-    settings["score"]["checkpoint"] = str(stage1 / "pre_decay.ckpt")
+    settings["score"]["recognizer"] = recognizer
     select(write(settings))
     assert only(output, "probe").stat().st_mtime_ns == probed

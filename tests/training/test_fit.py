@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import instantiate_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salad_lightning.cli import main
@@ -29,6 +28,7 @@ from salad_lightning.testing.runs import TinyRun
 from salad_lightning.testing.tiny_encoders import save_tiny_hubert
 from salad_lightning.training.callbacks import FinalCheckpoint
 from salad_lightning.training.from_checkpoint import trained_module
+from salad_lightning.training.from_settings import from_settings
 from salad_lightning.training.speech_llm_module import SpeechLLMModule
 from salad_lightning.training.text_lm_module import TextLMModule
 
@@ -137,7 +137,7 @@ def test_a_module_that_was_built_of_objects(world, trained, tmp_path, capsys):
     }
     for name, made in (
         ("objects", SpeechLLMModule(**settings | parts)),
-        ("settings", instantiate_module(SpeechLLMModule, settings)),
+        ("settings", from_settings(SpeechLLMModule, **settings)),
     ):
         data = SpeechDataModule([Source(str(world.folder / "speech"), InterleaveDocuments())], rows_per_batch=2)
         trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, default_root_dir=tmp_path / name,
@@ -150,9 +150,9 @@ def test_a_module_that_was_built_of_objects(world, trained, tmp_path, capsys):
         taken = main(world.arguments("fit", "y", f"--model.init_from={tmp_path / name / 'checkpoints' / 'final.ckpt'}"))
         assert taken == (2 if told else 0)
         if told:
-            assert "(encoder, objective, optimizer)" in told[0]
+            assert "encoder, objective, optimizer)" in told[0]
             message = capsys.readouterr().err
-            for words in ("the checkpoint holds an object", "final.ckpt", "instantiate_module"):
+            for words in ("the checkpoint holds an object", "final.ckpt", "from_settings"):
                 assert words in message
 
 
@@ -464,3 +464,53 @@ def test_a_checkpoint_that_is_not_there_is_not_replaced_by_untrained_weights(wor
     assert main(world.arguments("test", "never-trained", f"--ckpt_path={name}")) == 2
     assert f"there is no `{name}` checkpoint to test" in capsys.readouterr().err
     assert not (world.folder / "never-trained" / "test.json").exists()
+
+
+LIARS = """
+import torch
+from salad_lightning.connectors.mlp import MLPConnector
+from salad_lightning.interfaces import ConnectorOutput
+
+
+class Longer(MLPConnector):
+    def forward(self, frames_NTD, lengths_N, *, num_words_N=None):
+        output = super().forward(frames_NTD, lengths_N)
+        return output._replace(embeddings=output.embeddings.repeat(1, 2, 1), lengths=output.lengths * 2)
+
+
+class Short(MLPConnector):
+    def forward(self, frames_NTD, lengths_N, *, num_words_N=None):
+        output = super().forward(frames_NTD, lengths_N)
+        return output._replace(embeddings=output.embeddings[:, :1], lengths=output.lengths + 1)
+
+
+class Wider(MLPConnector):
+    def forward(self, frames_NTD, lengths_N, *, num_words_N=None):
+        output = super().forward(frames_NTD, lengths_N)
+        return output._replace(embeddings=output.embeddings.repeat(1, 1, 2))
+
+
+class Bare(MLPConnector):
+    def forward(self, frames_NTD, lengths_N, *, num_words_N=None):
+        return super().forward(frames_NTD, lengths_N).embeddings
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Longer", "where output_lengths says"),
+        ("Short", "positions and gives 1"),
+        ("Wider", "its embeddings are"),
+        ("Bare", "gives Tensor"),
+    ],
+)
+def test_a_connector_that_does_other_than_it_says(world, capsys, monkeypatch, name, words):
+    """More positions than it announced would overwrite the text before them, without a word."""
+    (world.folder / "liars.py").write_text(LIARS)
+    monkeypatch.syspath_prepend(str(world.folder))
+    assert main(world.arguments("fit", "liar", f"--model.connector=liars.{name}")) == 2
+    message = capsys.readouterr().err
+    assert name in message
+    assert words in message
+    assert "Traceback" not in message

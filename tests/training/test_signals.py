@@ -58,7 +58,12 @@ def start(world, name, count, *more):
     arguments = world.arguments("fit", name, *OPTIONS, f"--trainer.devices={count}", *more)
     if count > 1:
         arguments.append("--trainer.strategy=ddp")
-    processes = start_ranks(world.folder, count, "-m", "salad_lightning", *arguments, name=name)
+    # A shell's background job ignores Ctrl-C, and so would the child of tests that run in one.
+    run = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from salad_lightning.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    processes = start_ranks(world.folder, count, "-c", run, *arguments, name=name)
     try:
         return [process.wait(timeout=120) for process in processes]
     finally:
@@ -98,6 +103,25 @@ def test_several_processes_end_together(world, unbroken, ranks):
     steps = TinyRun(world.folder / name).checkpoint()["global_step"]
     assert start(world, name, 2, "--ckpt_path=last") == [0, 0]
     assert_same_end(TinyRun(world.folder / name), unbroken[2], steps)
+
+
+@pytest.mark.parametrize(("count", "presses"), [(1, 1), (2, 1), (1, 2)])
+def test_ctrl_c(world, unbroken, count, presses):
+    """In a terminal all processes of a run get it."""
+    name = f"interrupted{count}{presses}"
+    told = [line for _ in range(presses) for line in options(signal.SIGINT, "on_before_backward", 7, range(count))]
+    codes = start(world, name, count, *told)
+    logs = "\n".join((world.folder / f"{name}-{rank}.log").read_text()[-2000:] for rank in range(count))
+    assert codes == [128 + signal.SIGINT] * count, logs
+    assert "saving last.ckpt" in logs
+    assert "Traceback" not in logs
+    run = TinyRun(world.folder / name)
+    if presses == 2:
+        assert not (run.folder / "checkpoints" / "last.ckpt").exists()
+        return
+    steps = run.checkpoint()["global_step"]
+    assert start(world, name, count, "--ckpt_path=last") == [0] * count
+    assert_same_end(run, unbroken[count], steps)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +200,28 @@ def test_a_run_that_ends_early_keeps_where_it_stood(world):
     assert run.checkpoint("final.ckpt")["global_step"] == steps + 2
 
 
-@pytest.mark.parametrize("option", ["overfit_batches=1", "max_epochs=1"])
-def test_epochs_of_an_endless_stream(world, capsys, option):
-    assert main(world.arguments("fit", "x", f"--trainer.{option}")) == 2
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("trainer.overfit_batches=1", "max_steps"),
+        ("trainer.max_epochs=1", "max_steps"),
+        ("trainer.accumulate_grad_batches=0", "give 1 or more"),
+        ("model.llm_lr=-1", "give 0 or more"),
+        ("model.context=-4", "give 1 or more"),
+        ("data.num_workers=-1", "give 0 or more"),
+    ],
+)
+def test_what_no_run_can_be_of(world, capsys, option, words):
+    assert main(world.arguments("fit", "x", f"--{option}")) == 2
     message = capsys.readouterr().err
-    assert f"trainer.{option.partition('=')[0]}" in message
-    assert "max_steps" in message
+    assert option.partition("=")[0] in message
+    assert words in message
+    assert "Traceback" not in message
+
+
+def test_measuring_what_was_not_trained(world):
+    with pytest.warns(UserWarning, match="the connector has random weights"):
+        world.run("test", "untrained")
 
 
 def test_no_log(world):
