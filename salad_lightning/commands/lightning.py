@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from salad_lightning.commands.parse_errors import explain
 from salad_lightning.commands.quiet import quieten
@@ -25,6 +26,7 @@ from salad_lightning.commands.settings import Setting, check_part_names, read_se
 from salad_lightning.errors import UserError
 from salad_lightning.model.checkpoint_folder import older_checkpoint, restore_folder
 from salad_lightning.registry import MODEL_KINDS, load_all
+from salad_lightning.training.base import is_trial
 from salad_lightning.training.callbacks import checkpoint_folder
 
 __all__ = ["SaladCLI", "run"]
@@ -136,6 +138,12 @@ class SaladCLI(LightningCLI):
             path = str(max(found, key=lambda entry: entry.stat().st_mtime))
             self.config_init[self._chosen]["ckpt_path"] = path
         self._check_fit_of(str(path) if path else "")
+        final = checkpoint_folder(self.trainer) / "final.ckpt"
+        if self._chosen == "fit" and not path and final.exists() and not is_trial(self.trainer):
+            rank_zero_warn(
+                f"{final} is of a finished run, which this one will write over: set another "
+                "trainer.default_root_dir to keep it, or go on with --ckpt_path last"
+            )
 
     def _check_fit_of(self, path: str) -> None:
         """Refuse a checkpoint of another model before weights are loaded, which can take minutes."""

@@ -183,6 +183,8 @@ def test_a_trial_leaves_the_real_run_alone(world, capsys):
     callbacks = [f"--trainer.callbacks+={name}" for name in ("PreDecayCheckpoint", "FinalCheckpoint")]
     run = world.run("fit", "real", *OPTIONS, *callbacks)
     world.run("test", "real")
+    with pytest.warns(UserWarning, match="final.ckpt is of a finished run"):
+        run = world.run("fit", "real", *OPTIONS, *callbacks)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     world.run("fit", "real", *OPTIONS, *callbacks, "--trainer.fast_dev_run=true")
     world.run("test", "real", "--trainer.fast_dev_run=true")
