@@ -15,12 +15,15 @@ import time
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch._utils import ExceptionWrapper
 
 import salad_lightning
 from salad_lightning import cli
 from salad_lightning.cli import main
+from salad_lightning.commands.parse_errors import explain
+from salad_lightning.commands.settings import Setting
 from salad_lightning.errors import UserError
 
 GOOD = """\
@@ -322,6 +325,12 @@ def test_a_misspelt_key_of_what_makes_the_model(write, refused):
     message = refused("test", "--config", path)
     assert message.startswith(f"{path}:3: there is no key 'model.chekpoint'")
     assert "did you mean 'checkpoint'?" in message
+
+
+def test_a_key_of_a_class_that_is_not_known_is_not_said_to_have_none():
+    error = ValueError("Problem with given class_path 'my_package.Outer.Inner':\n  Option 'width' is not accepted")
+    message = str(explain(error, ArgumentParser(), [Setting("width", "3", "run.yaml:1")], "fit"))
+    assert message == "run.yaml:1: there is no key 'width'\n  → salad-lightning fit --help"
 
 
 @pytest.mark.parametrize("command", ["fit", "select"])

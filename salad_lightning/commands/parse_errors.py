@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 
 from salad_lightning.commands.settings import Setting
+from salad_lightning.data.documents import DocumentBuilder
 from salad_lightning.errors import UserError
 from salad_lightning.interfaces import Connector, Encoder, Objective, Synthesizer
 
@@ -33,7 +36,10 @@ _NOISE = re.compile(
     r"^[\s-]*(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
     r"|Parser key|Problem with given class_path).*|Type <class '[\w.]+'> expects a function or a callable class: "
 )
-_BASES = (LightningModule, LightningDataModule, Callback, Logger, Encoder, Connector, Objective, Synthesizer)
+_BASES = (
+    *(LightningModule, LightningDataModule, Callback, Logger),
+    *(Encoder, Connector, Objective, Synthesizer, DocumentBuilder),
+)
 _WRAPPERS = re.compile(r"\.(class_path|init_args|dict_kwargs)\b")
 
 
@@ -48,51 +54,65 @@ def explain(error: Exception, parser: ArgumentParser, settings: Sequence[Setting
     """
     message = str(error)
     parents = [_short(key or group) for key, group in _PARENT_KEY.findall(message)]
+    help_command = f"salad-lightning {subcommand} --help"
     if match := _UNKNOWN_KEY.search(message):
         key = ".".join([*parents, _short(next(filter(None, match.groups())))])
         key, valid = _first_unknown(key, message, parser)
         what = f"there is no key {key!r}"
-        return UserError(what, where=_place(key, settings), cure=_nearest(key.rpartition(".")[2], valid))
+        cure = help_command if valid is None else _nearest(key.rpartition(".")[2], valid)
+        return UserError(what, where=_place(key, settings), cure=cure)
     if match := _MISSING_KEYS.search(message):
         keys = [".".join([*parents, _short(key)]) for key in re.split(r",\s*", match[1] or match[2])]
         return UserError(f"missing: {', '.join(keys)}", cure=f"set it in a YAML file or by --{keys[0]}=…")
-    key, help_command = ".".join(parents), f"salad-lightning {subcommand} --help"
+    key = ".".join(parents)
     if match := _UNKNOWN_CLASS.search(message):
         close = difflib.get_close_matches(match[1], {cls.__name__ for cls in _subclasses(_BASES)}, n=1)
         cure = (
             f"did you mean {close[0]}?" if close else "name it by its full path, such as my_package.my_module.MyClass"
         )
-        return UserError(f"{key}: no class called {match[1]!r} is known", where=_place(key, settings), cure=cure)
+        what = f"{key}: no class called {match[1]!r} is known"
+        return UserError(what, where=_place(key, settings, match[1]), cure=cure)
     if match := _WRONG_VALUE.search(message):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1])
-        what = f"{key!r} takes {expected}, not {match[2].strip()!r}"
-        return UserError(what, where=_place(key, settings), cure=help_command)
+        value = match[2].strip()
+        what = f"{key!r} takes {expected}, not {value!r}"
+        return UserError(what, where=_place(key, settings, value), cure=help_command)
     lines = [text for line in message.splitlines() if (text := _NOISE.sub("", line).strip(" -"))]
     what = "\n    ".join([f"{key}: {lines[0]}" if key and lines else key, *lines[1:]])
-    return UserError(what, where=_place(key, settings), cure=help_command)
+    class_path = (_class_paths(message) or [""])[-1]
+    return UserError(what, where=_place(key, settings, class_path), cure=help_command)
 
 
 def _short(key: str) -> str:
     return _WRAPPERS.sub("", key)
 
 
-def _place(key: str, settings: Sequence[Setting]) -> str:
-    """Where a key was last set; the last one wins in jsonargparse too."""
-    return next((setting.where for setting in reversed(settings) if setting.key == key), "")
+def _place(key: str, settings: Sequence[Setting], value: str = "") -> str:
+    """Where a key was last set to ``value``, or else at all; the last one wins in jsonargparse too.
+
+    The value tells apart what shares a key: the items of a list, and files that are each checked by themselves.
+    """
+    places = [setting for setting in reversed(settings) if setting.key == key]
+    return next((setting.where for setting in places if setting.value == value), places[0].where if places else "")
 
 
 def _nearest(key: str, valid: Sequence[str]) -> str:
-    if close := difflib.get_close_matches(key, valid, n=1):
+    close = difflib.get_close_matches(key, valid, n=1)
+    if not close and len(longer := [name for name in valid if name.startswith(key)]) == 1:
+        close = longer
+    if close:
         return f"did you mean {close[0]!r}?"
     return f"keys here: {', '.join(valid)}" if valid else "nothing can be set here: remove it"
 
 
-def _first_unknown(key: str, message: str, parser: ArgumentParser) -> tuple[str, list[str]]:
-    """The shortest beginning of ``key`` that is unknown, and the keys that would have been valid in its place."""
-    # What comes after is the whole value, with classes that have nothing to do with the error.
-    if class_paths := _CLASS_PATH.findall(message.partition("Given value")[0]):
-        cls = _known_class(class_paths[-1])
-        return key, sorted(_init_keys(cls)) if cls else []
+def _first_unknown(key: str, message: str, parser: ArgumentParser) -> tuple[str, list[str] | None]:
+    """The shortest beginning of ``key`` that is unknown, and the keys that would have been valid in its place.
+
+    None where these cannot be told.
+    """
+    if class_paths := _class_paths(message):
+        builder = _imported(class_paths[-1])
+        return key, None if builder is None else sorted(_init_keys(builder))
     root = ""
     for part in key.split("."):
         destinations = (action.dest for action in parser._actions if action.dest.startswith(root))
@@ -100,15 +120,20 @@ def _first_unknown(key: str, message: str, parser: ArgumentParser) -> tuple[str,
         if part not in valid:
             return root + part, valid
         root += f"{part}."
-    return key, []
+    return key, None
 
 
-def _known_class(class_path: str) -> type | None:
-    """The class jsonargparse meant: it has been imported, as a subclass of one of these."""
-    for cls in _subclasses(_BASES):
-        if f"{cls.__module__}.{cls.__qualname__}" == class_path:
-            return cls
-    return None
+def _class_paths(message: str) -> list[str]:
+    """The classes in which the error is, from the outermost."""
+    # What comes after is the whole value, with classes that have nothing to do with the error.
+    return _CLASS_PATH.findall(message.partition("Given value")[0])
+
+
+def _imported(path: str) -> Any:
+    """The class, or function that makes one, that jsonargparse meant: it has been imported. None where it is not."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if callable(found) else None
 
 
 def _subclasses(classes: Iterable[type]) -> Iterable[type]:
@@ -121,12 +146,12 @@ def _subclasses(classes: Iterable[type]) -> Iterable[type]:
 _RUNTIME = ("self", "encoder_dim", "llm_dim")
 
 
-def _init_keys(cls: type) -> list[str]:
+def _init_keys(builder: Any) -> list[str]:
     keys: list[str] = []
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            keys += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
+    bases = builder.__mro__ if isinstance(builder, type) else ()
+    for maker in [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [builder]:
+        parameters = inspect.signature(maker).parameters.values()
+        keys += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
     return [key for key in dict.fromkeys(keys) if key not in _RUNTIME]

@@ -40,7 +40,7 @@ def read_settings(argv: Sequence[str]) -> list[Setting]:
     """Everything set by ``--config`` files and by ``--key=value`` options, in order.
 
     Raises:
-        UserError: If a configuration file is missing, is not YAML, or is not a mapping.
+        UserError: If a configuration file is missing or empty, is not YAML, or is not a mapping.
     """
     settings: list[Setting] = []
     for option, value in _options(argv):
@@ -103,7 +103,7 @@ def _read_file(name: str) -> list[Setting]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not a YAML file in UTF-8: {error}", where=name, cure="give --config a YAML file") from None
     if root is None:
-        return []
+        raise UserError("the configuration file is empty: it sets no key", where=name, cure="fill it, or leave it out")
     if not isinstance(root, yaml.MappingNode):
         raise UserError("a configuration is a mapping of keys to values", where=name, cure="start it with `trainer:`")
     return list(_walk(root, (), name))

@@ -77,7 +77,7 @@ def test_what_was_half_written_has_no_name(tmp_path, monkeypatch):
         Path(path).write_bytes(b"{")
         raise OSError("the disk is full")
 
-    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, global_step=3)
+    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, global_step=3, fast_dev_run=False)
     monitor = SpeedMonitor()
     monitor._profiler = SimpleNamespace(stop=lambda: None, export_chrome_trace=cut_off)
     with pytest.raises(OSError, match="full"):
