@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -177,6 +178,7 @@ def _speech_samples(
         if split is None:
             raise _Broken("bad word times", "the words do not spell the text", "align this sample again")
         segments = split
+    heard = _heard(record, clip.words or [])
     for number, segment in enumerate(segments):
         first, last = round(segment.start_s * clip.rate_hz), round(segment.end_s * clip.rate_hz)
         audio, name, fields = clip.audio[first:last], key, dict(record)
@@ -184,6 +186,8 @@ def _speech_samples(
             name = f"{key}_{number:04d}"
             fields |= {"text": segment.text, "recording": key, "start_s": round(segment.start_s, 3)}
             fields.pop("seconds", None)
+            if heard is not None:
+                fields["word_confidence"] = list(itertools.islice(heard, len(segment.words)))
         broken = job.rules.broken_by(audio, clip.rate_hz, segment.text)
         if broken:
             rejected.append(Rejection(row.where, name, *broken))
@@ -194,3 +198,11 @@ def _speech_samples(
         if job.level_dbfs is not None:
             audio = with_level(audio, job.level_dbfs)
         yield Sample(name, fields, encode_flac(audio, clip.rate_hz), seconds=len(audio) / clip.rate_hz)
+
+
+def _heard(record: dict[str, Any], words: list[TimedWord]) -> Iterator[float | None] | None:
+    """How sure `align` was of each word that `split_at_pauses` keeps; None where it has not said."""
+    values = record.get("word_confidence")
+    if not isinstance(values, list) or len(values) != len(words):
+        return None
+    return (value for value, word in zip(values, words, strict=True) if any(map(str.isalnum, word.word)))

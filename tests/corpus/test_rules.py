@@ -211,6 +211,21 @@ def test_segments_become_samples_of_their_own(tmp_path):
     assert index["num_samples"] == 2
 
 
+def test_pieces_keep_how_sure_the_alignment_was_of_their_words(tmp_path):
+    """A dash is no word of any piece."""
+    audio = np.concatenate([_tone(0.9 + 0.1 * n) for n in range(5)])[: int(5.2 * RATE)]
+    words = [*WORDS[:2], TimedWord("–", 2.0, 2.1), *WORDS[2:]]
+    record = {
+        "text": "One, two – three, four five!",
+        "words": words,
+        "word_confidence": [0.1, 0.2, None, 0.3, None, 0.5],
+    }
+    prepare(_corpus(tmp_path / "c", [(audio, record)]), tmp_path / "out", rules=Rules(max_seconds=3.5))
+    pieces = _samples(tmp_path / "out")
+    assert [len(piece.words) for piece in pieces] == [2, 3]
+    assert [piece.fields["word_confidence"] for piece in pieces] == [[0.1, 0.2], [0.3, None, 0.5]]
+
+
 def test_a_long_recording_without_word_times_is_too_long(tmp_path):
     rows = [(_tone(5), {}), (_tone(5), {"words": WORDS, "choices": ["a", "b"], "answer": 0}), (_tone(1), {})]
     index = prepare(_corpus(tmp_path / "c", rows), tmp_path / "out", rules=Rules(max_seconds=3.5))
