@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -11,6 +13,7 @@ from salad_lightning.model.llm import build_language_model
 from salad_lightning.model.small import small_qwen2
 from salad_lightning.testing.runs import save_tiny_world
 from salad_lightning.testing.tiny import save_tiny_llm
+from salad_lightning.training.agreement import Agreement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 SHARDED = {"class_path": "salad_lightning.model.parallel.FullyShardedStrategy"}
@@ -136,3 +139,20 @@ def test_checkpointing_saves_memory():
         del model
     assert peaks["full"] < peaks["selective"] < peaks["none"]
     assert peaks["full"] < 0.5 * peaks["none"]
+
+
+def test_signals_are_agreed_on_without_waiting(tmp_path):
+    """One process that believes to be one of two, so that the answer goes through NCCL and pinned memory."""
+    torch.distributed.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)
+    device = torch.device("cuda", torch.cuda.current_device())
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=device))
+    agreement = Agreement()
+    agreement(0, trainer)  # NCCL begins
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answers = [agreement(number, trainer) for number in (0, 2, 0, 1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert answers == [0, 0, 2, 0]
+    assert agreement(0, trainer) == 1
