@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --model: what it continues; its first line counts (default: {speech}, a new line, Transcript:)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="with --model (default: 128)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: auto)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,11 +6,12 @@ import argparse
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_lightning import __version__
+from salad_lightning.corpus.limits import check_limits, check_positive
 from salad_lightning.corpus.workspace import Workspace, open_workspace
 from salad_lightning.errors import UserError
 
@@ -84,7 +85,8 @@ def align_shards(
         The content of ``index.json``.
 
     Raises:
-        UserError: If shards or model cannot be read, two shards have one name, or the folder must not be replaced.
+        UserError: If a number is out of range, shards or model cannot be read, no sample has audio, two shards have one
+            name, or the folder must not be replaced.
     """
     # Here, not above: these bring torch and transformers along, and `align --help` should answer at once.
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -93,25 +95,40 @@ def align_shards(
     from salad_lightning.corpus.device import usable_device
     from salad_lightning.corpus.written_shard import published, shard_digest, shards_by_name
 
+    check_positive("--batch-seconds", batch_seconds, "s")
+    check_limits("--min-confidence", min_confidence, 0, 1)
     output = Path(output)
     paths = shards_by_name(shards)
     made_with = [__version__, model, min_confidence]
     if (index := published(output, made_with, paths.values())) is not None:
         return index
+    _check_audio(paths.values())
     chosen = usable_device(device)
-    if batch_seconds <= 0:
-        raise UserError(f"{batch_seconds} s of audio are nothing to align", where="--batch-seconds", cure="give > 0")
 
     @functools.cache  # a run that finds everything finished needs no model
     def aligner() -> CtcAligner:
         return CtcAligner(model, chosen, batch_seconds)
 
-    with open_workspace(output, overwrite=overwrite) as space:
+    with open_workspace(output, overwrite=overwrite, inputs=paths.values()) as space:
         reports = [
             _aligned_shard(space, name, path, shard_digest(made_with, path), aligner, min_confidence)
             for name, path in tqdm(paths.items(), desc="align", unit=" shards")
         ]
         return _publish(space, Path(model).name, reports)
+
+
+def _check_audio(paths: Iterable[str]) -> None:
+    """Refuse shards of which no sample has audio; those where one has are read up to it."""
+    from salad_lightning.data.format import AUDIO_EXTENSIONS, read_shard  # as above
+
+    encoded = False
+    for raw in (raw for path in paths for raw in read_shard(path)):
+        if any(extension in raw.members for extension in AUDIO_EXTENSIONS):
+            return
+        encoded = encoded or raw.has_audio
+    if encoded:
+        raise UserError("the audio is already encoded", where="shards", cure="align shards of audio, then encode those")
+    raise UserError("no sample has audio", where="shards", cure="align shards of audio")
 
 
 def _aligned_shard(

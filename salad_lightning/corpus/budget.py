@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+from salad_lightning.corpus.workspace import Workspace
 from salad_lightning.errors import UserError
 
 __all__ = ["FEW_ROWS", "Budget", "gather"]
@@ -52,7 +53,8 @@ class Budget(NamedTuple):
 
 
 def gather(
-    made: Iterable[dict[str, Any]],
+    space: Workspace,
+    made: Generator[dict[str, Any], None, None],
     budget: Budget,
     bad_rows: Callable[[dict[str, Any]], list[dict[str, Any]]],
     *,
@@ -61,7 +63,11 @@ def gather(
 ) -> list[dict[str, Any]]:
     """Reports of shards as they are made, with a progress bar.
 
+    Where the user is told to put something right, no shard with a bad row is kept: whether it has been put right (a
+    file, the rights to read it, a plugin) shows only when the shard is made again.
+
     Args:
+        space: Where the shards are.
         made: The reports, each with ``num_rows``.
         budget: Checked after every shard, and at the end.
         bad_rows: Those of a report.
@@ -74,12 +80,17 @@ def gather(
     from tqdm import tqdm  # type: ignore[import-untyped]  # not for `--help`
 
     reports, bad, num_rows = list[dict[str, Any]](), list[dict[str, Any]](), 0
-    with tqdm(desc=progress, unit=unit) as bar:
-        for report in made:
-            reports.append(report)
-            num_rows += report["num_rows"]
-            bad += bad_rows(report)
-            bar.update(report["num_rows"])
-            budget.check(bad, max(num_rows, FEW_ROWS))
-    budget.check(bad, num_rows)
+    try:
+        with tqdm(desc=progress, unit=unit) as bar:
+            for report in made:
+                reports.append(report)
+                num_rows += report["num_rows"]
+                bad += bad_rows(report)
+                bar.update(report["num_rows"])
+                budget.check(bad, max(num_rows, FEW_ROWS))
+        budget.check(bad, num_rows)
+    except UserError:
+        made.close()  # workers may be ahead
+        space.forget(bad_rows)
+        raise
     return reports

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from salad_lightning import __version__
 from salad_lightning.corpus.length_batches import length_batches
+from salad_lightning.corpus.limits import check_limits, check_positive
 from salad_lightning.corpus.output_folder import PARTIAL
 from salad_lightning.corpus.workspace import open_workspace
 from salad_lightning.corpus.written_shard import Sample, published, shard_digest, shards_by_name, write_shard
@@ -64,25 +66,23 @@ def encode_shards(
         first.
 
     Raises:
-        UserError: If a shard cannot be read, two have one name, the folder holds other files, or the disk is full.
+        UserError: If a number is out of range, a shard cannot be read, two have one name, the folder holds other files
+            or the shards themselves, or the disk is full.
     """
-    if batch_seconds <= 0:
-        raise UserError(f"{batch_seconds} s of audio are nothing to encode", where="--batch-seconds", cure="give > 0")
+    check_positive("--batch-seconds", batch_seconds, "s")
+    check_limits("--workers", num_workers, 0)
     output, names = Path(output), shards_by_name(shards)
+    trainer = _trainer(output, accelerator, devices)
     identity = encoder.identity()  # once: it reads all weights
     made_with = [__version__, identity, dtype]
     loop = _Loop(encoder, identity, output / PARTIAL, made_with, batch_seconds=batch_seconds, num_workers=num_workers)
-    trainer = pl.Trainer(
-        accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        default_root_dir=output, use_distributed_sampler=False,
-    )  # fmt: skip
     if not trainer.is_global_zero:
         _encode(trainer, loop, [])
         return None
     if (done := published(output, made_with, names.values())) is not None:
         _encode(trainer, loop, [])
         return done
-    with open_workspace(output, overwrite=overwrite) as space:
+    with open_workspace(output, overwrite=overwrite, inputs=names.values()) as space:
         # What an earlier run finished is hashed here, the rest where it is read.
         todo = [
             path
@@ -103,6 +103,20 @@ def encode_shards(
             "shards": [{column: report[column] for column in _COLUMNS} for report in reports],
         }
         return space.publish(request, {report["name"]: report["name"] for report in reports}, index)
+
+
+def _trainer(output: Path, accelerator: str, devices: str | int) -> pl.Trainer:
+    try:
+        return pl.Trainer(
+            accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False,
+            enable_model_summary=False, default_root_dir=output, use_distributed_sampler=False,
+        )  # fmt: skip
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(
+            f"{accelerator} and {devices} name no device here ({error})",
+            where="--accelerator, --devices",
+            cure="give --devices 1 or more, or leave both out",
+        ) from error
 
 
 def _encode(trainer: pl.Trainer, loop: _Loop, todo: list[str]) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from salad_lightning.corpus.manifest import Row
+from salad_lightning.corpus.manifest import Row, key_of
 from salad_lightning.corpus.recordings import TableCell
 from salad_lightning.errors import UserError
 
-__all__ = ["read_hugging_face"]
+__all__ = ["hugging_face_files", "read_hugging_face"]
 
 
 def read_hugging_face(pattern: str) -> Iterator[Row]:
@@ -23,6 +23,16 @@ def read_hugging_face(pattern: str) -> Iterator[Row]:
 
     Raises:
         UserError: If there is no such file, the files belong to several splits, or none of the columns is audio.
+    """
+    for path in hugging_face_files(pattern):
+        yield from _read(path)
+
+
+def hugging_face_files(pattern: str) -> list[Path]:
+    """Files of one split.
+
+    Raises:
+        UserError: If there is none, or they belong to several splits.
     """
     paths = [Path(path) for path in sorted(glob.glob(pattern))]
     if Path(pattern).is_dir():
@@ -36,8 +46,7 @@ def read_hugging_face(pattern: str) -> Iterator[Row]:
             where=pattern,
             cure=f"give one, such as --hf '{splits[0]}*'",
         )
-    for path in paths:
-        yield from _read(path)
+    return paths
 
 
 def _split(path: Path) -> str:
@@ -73,7 +82,7 @@ def _rows(path: Path, groups: Any, schema: Any) -> Iterator[Row]:
         for row, values in enumerate(table.drop_columns([audio]).to_pylist()):
             number += 1
             if values.get("key") is None and (values.get("id") or names[row]):
-                values["key"] = str(values.get("id") or Path(names[row]).with_suffix("").as_posix())
+                values["key"] = str(values.get("id") or key_of(names[row]))
             yield Row(f"{path}, row {number}", values, TableCell(str(path), audio, group, row))
 
 

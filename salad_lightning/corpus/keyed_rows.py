@@ -45,7 +45,13 @@ def row_batches(rows: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tup
 
 
 def rows_digest(settings: dict[str, Any], batch: Sequence[tuple[str, Row]]) -> str:
-    """Of everything that decides what a shard holds: this version, the settings, and the rows with their keys."""
-    rows = [[key, row.where, row.values, repr(row.audio), row.problem] for key, row in batch]
+    """Of everything that decides what a shard holds: this version, the settings, the rows with their keys, their files.
+
+    Files are known by size and time.
+    """
+    rows = [
+        [key, row.where, row.values, repr(row.audio), row.audio and row.audio.stamp(), row.problem]
+        for key, row in batch
+    ]
     content = json.dumps([__version__, settings, rows], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

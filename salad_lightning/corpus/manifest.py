@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from salad_lightning.corpus.recordings import Recording
 from salad_lightning.errors import UserError
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "as_json", "key_of", "read_rows"]
 
 _JSON_COLUMNS = ("words", "choices")
 _NUMBER_COLUMNS = ("seconds", "speech_end_s")
@@ -44,10 +44,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """
     path = Path(path)
     readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise UserError("not a .tsv, .csv, .jsonl or .parquet file", where=str(path), cure="convert it or rename it")
-    if not path.is_file():
+    if not path.exists():
         raise UserError("the file does not exist", where=str(path), cure="check the path")
+    if path.suffix.lower() not in readers or not path.is_file():
+        raise UserError("not a .tsv, .csv, .jsonl or .parquet file", where=str(path), cure="convert it or rename it")
     return readers[path.suffix.lower()](path)
 
 
@@ -72,10 +72,34 @@ def _read_cells(path: Path, lines: Any, cure: str) -> Iterator[Row]:
                 raise UserError(f"{len(cells)} cells under {len(header)} columns", where=where, cure=cure)
             values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
             yield Row(where, _typed(values, where))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+    except csv.Error as error:
         raise UserError(
             f"the line does not parse ({error})", where=f"{path}, line {lines.line_num}", cure=cure
         ) from error
+
+
+def _not_utf8(path: Path) -> UserError:
+    """Where a file stops being UTF-8: it was decoded in blocks, not by line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                kind = "utf-16" if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+                return UserError(
+                    f"not UTF-8 (byte 0x{line[error.start]:02x})",
+                    where=f"{path}, line {number}",
+                    cure=f"convert it to UTF-8, for instance `iconv -f {kind} -t utf-8`",
+                )
+    return UserError("not UTF-8", where=str(path), cure="convert it to UTF-8")
+
+
+def key_of(audio: str) -> str:
+    """The key of a row that has none of its own, from the path of its recording; empty where that names no file."""
+    path = Path(audio)
+    return path.with_suffix("").as_posix() if path.name else ""
 
 
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:

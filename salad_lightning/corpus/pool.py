@@ -6,8 +6,9 @@ import collections
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
@@ -17,7 +18,9 @@ JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
 
-def map_in_order(function: Callable[[JobT], ResultT], jobs: Iterable[JobT], workers: int) -> Iterator[ResultT]:
+def map_in_order(
+    function: Callable[[JobT], ResultT], jobs: Iterable[JobT], workers: int
+) -> Generator[ResultT, None, None]:
     """Results in the order of the jobs, which are taken as they are needed.
 
     Args:
@@ -28,6 +31,7 @@ def map_in_order(function: Callable[[JobT], ResultT], jobs: Iterable[JobT], work
     if workers <= 1:
         yield from map(function, jobs)
         return
+    others = set(multiprocessing.active_children())
     # Not forked: torch's threads do not survive that.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: collections.deque[Future[ResultT]] = collections.deque()
@@ -38,11 +42,18 @@ def map_in_order(function: Callable[[JobT], ResultT], jobs: Iterable[JobT], work
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(function, job) for job in itertools.islice(remaining, 1))
+    except (KeyboardInterrupt, SystemExit):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # a shard may take minutes; one that is not finished is made again
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
+    # Ctrl-C goes to all processes of a terminal. One that it ends within the pool's queues leaves their lock behind,
+    # and the others wait for ever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch  # heavy, and only workers need it here
 
     torch.set_num_threads(1)

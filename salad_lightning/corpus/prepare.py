@@ -18,10 +18,11 @@ from typing import Any
 from salad_lightning.corpus.budget import Budget, gather
 from salad_lightning.corpus.card import dataset_card
 from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
+from salad_lightning.corpus.limits import check_limits, check_sizes
 from salad_lightning.corpus.manifest import Row
 from salad_lightning.corpus.output_folder import INDEX, sha256_of, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
-from salad_lightning.corpus.readers import READERS
+from salad_lightning.corpus.readers import READERS, input_files
 from salad_lightning.corpus.rules import BROKEN, Rules
 from salad_lightning.corpus.workspace import Workspace, finish_publication, numbered_anew, open_workspace
 from salad_lightning.errors import UserError
@@ -172,22 +173,24 @@ def prepare(
         The content of ``index.json``: counts, seconds and SHA-256 in all and by shard, and what was left out.
 
     Raises:
-        UserError: If the input cannot be read, too many rows are broken, no sample is left, the disk is full, or the
-            folder holds anything that must not be replaced.
+        UserError: If a number is out of range, the input cannot be read, too many rows are broken, no sample is left,
+            the disk is full, or the folder holds anything that must not be replaced.
     """
     output = Path(output)
     source = shard_prefix(source, output)
-    if samples_per_shard < 1 or workers < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
-        raise UserError("sizes and rates start at 1", where="--samples-per-shard, --sample-rate, --workers")
+    rules = rules or Rules()
+    check_sizes(samples_per_shard, workers, sample_rate_hz, max_bad_fraction)
+    check_limits("--loudness", level_dbfs, -120, 0, "dBFS")
+    rules.check()
     request = _Request(
-        str(inputs), kind, source, text_column, samples_per_shard, sample_rate_hz, trim, level_dbfs, rules or Rules()
+        str(inputs), kind, source, text_column, samples_per_shard, sample_rate_hz, trim, level_dbfs, rules
     )
     note = json.dumps([asdict(request), _content(request.inputs)], sort_keys=True)
     rows = READERS[kind](request.inputs)
     if finish_publication(output) == note:
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
         return index
-    with open_workspace(output, overwrite=overwrite) as space:
+    with open_workspace(output, overwrite=overwrite, inputs=input_files(kind, request.inputs)) as space:
         reports = _make_shards(space, request, rows, workers, max_bad_fraction)
         return _publish(space, request, note, reports)
 
@@ -221,7 +224,7 @@ def _make_shards(
     )
     budget = Budget(max_bad_fraction, "broken rows", "put them right, or raise --max-bad-fraction to leave them out")
     made = map_in_order(functools.partial(space.finished_or_made, make_shard), jobs, workers)
-    reports = gather(made, budget, _broken, progress="prepare", unit=" rows")
+    reports = gather(space, made, budget, _broken, progress="prepare", unit=" rows")
     if not reports:
         raise UserError("there is no row", where=request.inputs, cure="list at least one sample")
     return reports

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from salad_lightning.corpus.hugging_face import read_hugging_face
+from salad_lightning.corpus.hugging_face import hugging_face_files, read_hugging_face
 from salad_lightning.corpus.lhotse import read_lhotse
-from salad_lightning.corpus.manifest import Row, read_rows
+from salad_lightning.corpus.manifest import Row, key_of, read_rows
 from salad_lightning.corpus.recordings import AudioFile, TarMember
 from salad_lightning.data.tars import StrictTarInfo, check_end, check_member
 from salad_lightning.errors import UserError
 
-__all__ = ["READERS", "read_librispeech", "read_manifest", "read_tars", "read_text"]
+__all__ = ["READERS", "input_files", "read_librispeech", "read_manifest", "read_tars", "read_text"]
 
 
 def read_manifest(path: str) -> Iterator[Row]:
@@ -29,11 +29,11 @@ def read_manifest(path: str) -> Iterator[Row]:
     for row in read_rows(path):
         values = dict(row.values)
         audio = values.pop("audio", None)
-        if not isinstance(audio, str):
+        if not isinstance(audio, str) or not audio:
             yield Row(row.where, values, problem="there is no `audio`; plain text is prepared with --text")
             continue
         if values.get("key") is None:
-            values["key"] = Path(audio).with_suffix("").as_posix()
+            values["key"] = key_of(audio)
         yield Row(row.where, values, AudioFile(str(folder / audio)))
 
 
@@ -43,6 +43,12 @@ def read_text(pattern: str) -> Iterator[Row]:
     Raises:
         UserError: If nothing matches, or see `read_rows` and `read_tars`.
     """
+    for path in _text_files(pattern):
+        for row in read_tars(path) if _is_tar(path) else read_rows(path):
+            yield Row(row.where, row.values, problem=row.problem)
+
+
+def _text_files(pattern: str) -> list[str]:
     paths = [pattern]
     if Path(pattern).is_dir():
         suffixes = (".jsonl", ".parquet", ".tar")
@@ -51,9 +57,11 @@ def read_text(pattern: str) -> Iterator[Row]:
         paths = sorted(glob.glob(pattern))
     if not paths:
         raise UserError("no .jsonl, .parquet or .tar file is there", where=pattern, cure="check the path")
-    for path in paths:
-        for row in read_tars(path) if path.endswith(".tar") or "{" in path else read_rows(path):
-            yield Row(row.where, row.values, problem=row.problem)
+    return paths
+
+
+def _is_tar(path: str) -> bool:
+    return path.endswith(".tar") or "{" in path
 
 
 def read_librispeech(folder: str) -> Iterator[Row]:
@@ -155,3 +163,25 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
     "tars": read_tars,
 }
 """By option of ``prepare``."""
+
+
+def input_files(kind: str, pattern: str) -> Iterator[str]:
+    """Files that a corpus is read from, those of its recordings among them.
+
+    Args:
+        kind: Of `READERS`.
+        pattern: As its reader takes it.
+
+    Raises:
+        UserError: As its reader does.
+    """
+    from salad_lightning.data.sources import expand_shards  # as above
+
+    if kind == "hf":
+        yield from map(str, hugging_face_files(pattern))
+    elif kind in ("tars", "text"):
+        for path in [pattern] if kind == "tars" else _text_files(pattern):
+            yield from expand_shards(path) if kind == "tars" or _is_tar(path) else [path]
+    else:
+        yield pattern
+        yield from (row.audio.path for row in READERS[kind](pattern) if row.audio is not None)

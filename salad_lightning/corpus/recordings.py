@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ __all__ = ["AudioFile", "Recording", "TableCell", "TarMember"]
 
 
 class Recording(ABC):
-    """Something whose content is an audio file; small enough to send to a worker process."""
+    """Something whose content is an audio file; small enough to send to a worker process.
+
+    Attributes:
+        path: The file that it is, or is a part of.
+    """
+
+    path: str
 
     @property
     @abstractmethod
@@ -29,6 +36,14 @@ class Recording(ABC):
         Raises:
             UserError: If it cannot be read.
         """
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Size and time of the file; None where it is not there."""
+        try:
+            status = os.stat(self.path)
+        except (OSError, ValueError):
+            return None
+        return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

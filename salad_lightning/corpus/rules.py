@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from salad_lightning.corpus.limits import check_limits, check_positive
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -52,6 +54,19 @@ class Rules:
     max_clipped: float | None = None
     min_chars_per_second: float | None = None
     max_chars_per_second: float | None = None
+
+    def check(self) -> None:
+        """Refuse limits that no sample, or every one, would break.
+
+        Raises:
+            UserError: With the option and its range.
+        """
+        check_limits("--min-seconds", self.min_seconds, 0, unit="s")
+        check_positive("--max-seconds", self.max_seconds, "s")
+        check_limits("--min-level", self.min_level_dbfs, -120, 0, "dBFS")
+        check_limits("--max-clipped", self.max_clipped, 0, 1)
+        check_limits("--min-chars-per-second", self.min_chars_per_second, 0)
+        check_positive("--max-chars-per-second", self.max_chars_per_second)
 
     def broken_by(self, audio: NDArray[np.float32], sample_rate_hz: int, text: str) -> tuple[str, str] | None:
         """Reason and detail of the first rule that a sample breaks, or None.

@@ -22,6 +22,7 @@ import yaml
 
 from salad_lightning.corpus.budget import Budget, gather
 from salad_lightning.corpus.keyed_rows import keyed, row_batches, rows_digest
+from salad_lightning.corpus.limits import check_sizes
 from salad_lightning.corpus.manifest import read_rows
 from salad_lightning.corpus.output_folder import INDEX, sha256_of, shard_prefix
 from salad_lightning.corpus.pool import map_in_order
@@ -138,8 +139,7 @@ def synthesize(
     """
     output = Path(output)
     source = shard_prefix(source, output)
-    if samples_per_shard < 1 or workers < 1 or (sample_rate_hz is not None and sample_rate_hz < 1):
-        raise UserError("sizes, rates and counts start at 1", where="--samples-per-shard, --sample-rate, --workers")
+    check_sizes(samples_per_shard, workers, sample_rate_hz, max_bad_fraction)
     settings: dict[str, Any] = {
         "synthesizer": synthesizer,
         "voices": tuple(json.dumps(voice, sort_keys=True) for voice in voices or ({},)),
@@ -152,7 +152,7 @@ def synthesize(
     if finish_publication(output) == note:
         index: dict[str, Any] = json.loads((output / INDEX).read_text(encoding="utf-8"))
         return index
-    with open_workspace(output, overwrite=overwrite) as space:
+    with open_workspace(output, overwrite=overwrite, inputs=[manifest]) as space:
         reports = _speak_all(space, Path(manifest), source, settings, samples_per_shard, workers, max_bad_fraction)
         return _publish(space, note, source, settings, reports)
 
@@ -195,7 +195,7 @@ def _speak_all(
     budget = Budget(max_bad_fraction, "texts could not be spoken", cure, all_may_be=False)
     made = map_in_order(functools.partial(space.finished_or_made, speak_shard), jobs, workers)
     try:
-        reports = gather(made, budget, operator.itemgetter("failed"), progress="synthesize", unit=" texts")
+        reports = gather(space, made, budget, operator.itemgetter("failed"), progress="synthesize", unit=" texts")
     except BrokenProcessPool as error:
         cure = "type the same command again to go on; --workers 1 shows at which shard it dies"
         raise UserError("a process of the synthesizer died", where=str(manifest), cure=cure) from error

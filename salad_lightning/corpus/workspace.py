@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class Workspace:
     def finished_or_made(self, make: Callable[[Any], dict[str, Any]], job: Any) -> dict[str, Any]:
         """A shard's report: that of an earlier run, or of ``make(job)``; a job has ``name`` and ``digest``."""
         return self.finished(job.name, job.digest) or make(job)
+
+    def forget(self, unwanted: Callable[[dict[str, Any]], object]) -> None:
+        """Remove finished shards whose report is ``unwanted``: the next run makes them again."""
+        for path in self.folder.glob("*.tar.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of another command, or not readable
+                if unwanted(json.loads(path.read_text(encoding="utf-8"))):
+                    path.unlink()  # first: a shard without a report is not finished
+                    path.with_suffix("").unlink(missing_ok=True)
 
     def publish(
         self,
@@ -94,7 +102,7 @@ def finish_publication(output: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
+def open_workspace(output: Path, *, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Iterator[Workspace]:
     """A workspace in ``output``, for one command at a time.
 
     After a kill, Ctrl-C or a full disk its finished shards are kept for the next run. After a `UserError` they are
@@ -103,13 +111,14 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[Workspace]:
     Args:
         output: Made where missing.
         overwrite: Whether what an earlier run published there may be replaced.
+        inputs: Files that the command reads; see `replaceable`.
 
     Raises:
         UserError: If the folder holds anything that must not be replaced, another command is at work in it, or the disk
             is full.
     """
     partial = output / PARTIAL
-    replaced = [path.name for path in replaceable(output, overwrite) if path.name != INDEX]
+    replaced = [path.name for path in replaceable(output, overwrite, inputs) if path.name != INDEX]
     created = not output.exists()
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):

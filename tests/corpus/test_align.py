@@ -20,10 +20,12 @@ from transformers import (
 
 from salad_lightning import cli
 from salad_lightning.corpus.aligner import CtcAligner
+from salad_lightning.corpus.encode import encode_shards
 from salad_lightning.data.audio import encode_flac
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.data.shard_writer import ShardWriter
-from salad_lightning.testing.shards import save_text_shards, speak_tones
+from salad_lightning.encoders.log_mel import LogMelEncoder
+from salad_lightning.testing.shards import save_speech_shards, save_text_shards, speak_tones
 
 RATE = 8000
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "zero"]
@@ -244,8 +246,10 @@ def test_a_text_corrected_while_files_move_is_not_lost(untrained, tmp_path, monk
 
 
 def test_bad_input(untrained, tmp_path, capsys):
-    save_text_shards(tmp_path / "a", num_samples=2)
-    save_text_shards(tmp_path / "b", num_samples=2)
+    save_speech_shards(tmp_path / "a", num_samples=2)
+    save_speech_shards(tmp_path / "b", num_samples=2)
+    save_text_shards(tmp_path / "text")
+    encode_shards(str(tmp_path / "a"), tmp_path / "encoded", LogMelEncoder())
     Wav2Vec2Model(_config()).save_pretrained(tmp_path / "no_head")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
@@ -255,6 +259,10 @@ def test_bad_input(untrained, tmp_path, capsys):
         ([shards, str(tmp_path / "b"), "--model", str(untrained)], "one name"),
         ([shards, "--model", str(untrained), "--device", "nonsense"], "--device"),
         ([shards, "--model", str(untrained), "--batch-seconds", "0"], "--batch-seconds"),
+        ([shards, "--model", str(untrained), "--batch-seconds", "inf"], "--batch-seconds"),
+        ([shards, "--model", str(untrained), "--min-confidence", "50"], "--min-confidence: 50.0 is out of range"),
+        ([str(tmp_path / "text"), "--model", str(untrained)], "no sample has audio"),
+        ([str(tmp_path / "encoded"), "--model", str(untrained)], "already encoded"),
         ([shards, "--model", str(tmp_path / "no_model")], "not there"),
         ([shards, "--model", str(tmp_path / "no_head")], "lm_head"),
         ([shards, "--model", str(untrained), "--output", str(tmp_path / "full")], "not empty"),

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
+from salad_lightning.cli import main
 from salad_lightning.corpus.prepare import add_arguments, prepare, run
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.errors import UserError
@@ -141,6 +142,8 @@ def test_a_failed_overwrite_keeps_the_earlier_shards(corpus, tmp_path):
         ("x.doc", "a", "not a .tsv"),
         ("x.csv", 'audio,text\n"a"b,c\n', "line 2.*does not parse"),
         ("none.tsv", None, "does not exist"),
+        ("none.xyz", None, "does not exist"),
+        ("none", None, "does not exist"),
         ("x.tsv", "audio\ttext\nonly one\n", "line 2.*1 cells under 2"),
         ("x.tsv", "audio\ttext\twords\na\tb\t[\n", "line 2.*`words` does not parse"),
         ("x.tsv", "audio\ttext\n", "no row"),
@@ -156,10 +159,48 @@ def test_unreadable_manifests_are_named(tmp_path, name, content, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("changes", [{"source": "a.b"}, {"samples_per_shard": 0}, {"sample_rate_hz": 0}])
-def test_unusable_options_are_refused(corpus, tmp_path, changes):
-    with pytest.raises(UserError, match="--"):
-        prepare(corpus / "m.tsv", tmp_path / "out", **changes)
+def test_an_unusable_name_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="--source"):
+        prepare(corpus / "m.tsv", tmp_path / "out", source="a.b")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--samples-per-shard", "0", "1 or more"),
+        ("--workers", "-1", "1 or more"),
+        ("--sample-rate", "16", "1000 to 192000 Hz"),
+        ("--sample-rate", "100000000", "1000 to 192000 Hz"),
+        ("--loudness", "23", "-120 to 0 dBFS"),
+        ("--min-level", "60", "-120 to 0 dBFS"),
+        ("--max-bad-fraction", "7", "0 to 1"),
+        ("--max-bad-fraction", "-1", "0 to 1"),
+        ("--max-clipped", "5", "0 to 1"),
+        ("--min-seconds", "-1", "0 or more s"),
+        ("--max-seconds", "nan", "more than 0 s"),
+        ("--max-seconds", "0", "more than 0 s"),
+        ("--min-chars-per-second", "inf", "0 or more"),
+        ("--max-chars-per-second", "-3", "more than 0"),
+    ],
+)
+def test_impossible_numbers_are_refused(corpus, tmp_path, capsys, option, value, allowed):
+    command = ["prepare", "--manifest", str(corpus / "m.tsv"), "--output", str(tmp_path / "out")]
+    assert main([*command, f"{option}={value}"]) == 2
+    message = capsys.readouterr().err
+    assert f"{option}: " in message
+    assert f"give {allowed}\n" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("audio", ["", ".", "/", "audio", ".."])
+def test_a_row_that_names_no_file_is_a_broken_one(corpus, tmp_path, audio):
+    rows = [json.dumps({"audio": audio, "text": "x"}) + "\n", (corpus / "m.jsonl").read_text()]
+    (corpus / "bad.jsonl").write_text("".join(rows))
+    with pytest.raises(UserError, match=r"1 broken rows.*\n.*bad\.jsonl, line 1: "):
+        prepare(corpus / "bad.jsonl", tmp_path / "out")
+    index = prepare(corpus / "bad.jsonl", tmp_path / "out", max_bad_fraction=0.2)
+    assert sum(index["rejected"].values()) == 1
+    assert index["num_samples"] == 5
 
 
 def test_long_paths_get_short_distinct_keys(corpus, tmp_path):

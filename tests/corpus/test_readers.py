@@ -64,6 +64,15 @@ def test_hugging_face_folder_with_bytes_and_with_paths(tmp_path, kind):
     assert [sample.fields["speaker_id"] for sample in samples] == [4, 5, 6]
 
 
+def test_hugging_face_paths_that_name_no_file(tmp_path):
+    kinds = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    audio = [{"bytes": _encoded(_spoken(n)), "path": path} for n, path in enumerate((".", "/"))]
+    table = pyarrow.table({"audio": pyarrow.array(audio, type=kinds), "text": TEXTS[:2]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    prepare(tmp_path, tmp_path / "out", kind="hf")
+    _same(_samples(tmp_path / "out"), ["000000000", "000000001"], range(2))
+
+
 def test_hugging_face_splits_are_not_mixed(tmp_path):
     for split in ("train", "test"):
         pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / f"{split}-00000-of-00001.parquet")
@@ -261,9 +270,18 @@ def test_a_manifest_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b'{"audio": "x.wav", "text": "\xff"}\n')
     with pytest.raises(UserError, match=r"line 1.*not JSON"):
         prepare(tmp_path / "m.jsonl", tmp_path / "out")
-    (tmp_path / "m.tsv").write_bytes(b"audio\ttext\nx.wav\t\xff\n")
-    with pytest.raises(UserError, match="does not parse"):
-        prepare(tmp_path / "m.tsv", tmp_path / "out")
+    lines = ["audio,text", *["x.wav,coffee"] * 5000, "x.wav,café"]  # more than is decoded at once
+    table = "\n".join(lines)
+    for name, content, place in (
+        ("m.csv", table.encode("latin-1"), "line 5002: not UTF-8 (byte 0xe9)"),
+        ("m.tsv", table.replace(",", "\t").encode("latin-1"), "line 5002: not UTF-8 (byte 0xe9)"),
+        ("utf-16.csv", table.encode("utf-16"), "line 1: not UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            prepare(tmp_path / name, tmp_path / "out", samples_per_shard=9999)
+        assert f"{name}, {place}" in str(caught.value)
+        assert f"iconv -f {'utf-16' if 'utf-16' in name else 'latin1'} -t utf-8" in caught.value.cure
 
 
 @pytest.mark.parametrize(

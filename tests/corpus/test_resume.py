@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -16,12 +17,14 @@ import soundfile
 import webdataset
 
 from salad_lightning.corpus import workspace
+from salad_lightning.corpus.budget import Budget
 from salad_lightning.corpus.prepare import prepare
 from salad_lightning.corpus.rules import Rules
 from salad_lightning.corpus.synthesize import synthesize
 from salad_lightning.data.format import decode, read_shard
 from salad_lightning.errors import UserError
 from salad_lightning.testing.shards import speak_tones
+from salad_lightning.testing.tone_synthesizer import ToneSynthesizer
 
 ROWS = 240
 
@@ -99,6 +102,31 @@ def test_killed_and_resumed_gives_the_same_bytes(manifest, unbroken, tmp_path):
     assert _files(output) == unbroken
     remade = {name for name, time_ns in kept.items() if (output / name).stat().st_mtime_ns != time_ns}
     assert remade == {damaged.name}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_at_once(manifest, unbroken, tmp_path):
+    """A terminal sends it to all of them; a worker that it ended within a queue left the others waiting for ever."""
+    output = tmp_path / "out"
+    for done in (1, 6):
+        process = subprocess.Popen(
+            _command(manifest, output, 2),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and so would the child of tests that run in one.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
+        while len(list(output.glob(".partial/*.tar.json"))) < done:
+            assert process.poll() is None, "it ended before it could be interrupted"
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGINT)
+        _, printed = process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGINT
+        assert "Traceback" not in printed
+        assert "interrupted" in printed
+    subprocess.run(_command(manifest, output, 2), check=True, stderr=subprocess.DEVNULL)
+    assert _files(output) == unbroken
 
 
 def _children(pid):
@@ -187,6 +215,99 @@ def test_much_work_outlives_a_mistake_in_the_input(tmp_path):
     path.write_text("".join(lines))
     prepare(path, output, kind="text", samples_per_shard=100)
     assert {file.name: file.stat().st_ino for file in output.glob("*.tar")} == kept
+
+
+def _recordings(folder, count):
+    """As many rows as it takes for finished shards to be kept; one of them has a recording of its own."""
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(folder / name, speak_tones("one two", sample_rate_hz=8000)[0], 8000)
+    rows = [{"key": f"k{number}", "audio": "b.wav" if number == 350 else "a.wav"} for number in range(count)]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row | {"text": "one two"}) + "\n" for row in rows))
+    return folder / "m.jsonl"
+
+
+@pytest.mark.parametrize("cause", ["no file", "no right"])
+def test_a_recording_that_was_put_right_is_read_again(tmp_path, monkeypatch, cause):
+    """Of what is finished, only the shard of the broken row is made again."""
+    path, output, recording = _recordings(tmp_path, 1300), tmp_path / "out", tmp_path / "b.wav"
+    content = recording.read_bytes()
+    make = functools.partial(prepare, path, output, samples_per_shard=100, max_bad_fraction=0)
+    with monkeypatch.context() as patch:
+        if cause == "no file":
+            recording.unlink()
+        else:  # which changes neither size nor time
+            patch.setattr("salad_lightning.corpus.recordings.Path.read_bytes", _forbidden("b.wav"))
+        patch.setattr(Budget, "check", _at_the_end(1300))
+        with pytest.raises(UserError, match=r"1 broken rows.*\n.*line 351: unreadable audio"):
+            make()
+    kept = _nodes(output / ".partial")
+    assert len(kept) == 12
+    assert "out-000003.tar" not in kept
+    if cause == "no file":
+        recording.write_bytes(content)
+    assert make()["num_samples"] == 1300
+    assert _nodes(output).items() >= kept.items()
+
+
+def _nodes(folder):
+    return {path.name: path.stat().st_ino for path in folder.glob("*.tar")}
+
+
+def _forbidden(name):
+    read = Path.read_bytes
+
+    def read_bytes(self):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied")
+        return read(self)
+
+    return read_bytes
+
+
+def _at_the_end(num_rows):
+    """A budget that is spent when all rows were read, as where they break late."""
+    check = Budget.check
+    return lambda self, bad, seen: check(self, bad, seen) if seen == num_rows else None
+
+
+def test_a_recording_replaced_after_an_interruption_is_read_again(tmp_path, monkeypatch):
+    path, output = _recordings(tmp_path, 600), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.Workspace, "publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(path, output, samples_per_shard=100)
+    kept = _nodes(output / ".partial")
+    assert len(kept) == 6
+    soundfile.write(tmp_path / "b.wav", speak_tones("nine ten", sample_rate_hz=8000)[0], 8000)
+    prepare(path, output, samples_per_shard=100)
+    now = _nodes(output)
+    assert {name for name, node in kept.items() if now[name] != node} == {"out-000003.tar"}
+    prepare(path, tmp_path / "fresh" / "out", samples_per_shard=100)
+    assert _files(output) == _files(tmp_path / "fresh" / "out")
+
+
+def test_texts_that_a_mended_synthesizer_can_speak_are_spoken(tmp_path, monkeypatch):
+    path, output = tmp_path / "texts.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({"text": f"word{number}"}) + "\n" for number in range(1200)))
+    name = "salad_lightning.testing.tone_synthesizer.ToneSynthesizer"
+    make = functools.partial(synthesize, path, output, synthesizer=name, samples_per_shard=100, max_bad_fraction=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ToneSynthesizer, "speak", _failing("word1150"))
+        with pytest.raises(UserError, match="1 texts could not be spoken"):
+            make()
+    assert len(_nodes(output / ".partial")) == 11
+    assert make()["num_samples"] == 1200
+
+
+def _failing(text):
+    speak = ToneSynthesizer.speak
+
+    def failing(self, said, **options):
+        if said == text:
+            raise RuntimeError("out of order")
+        return speak(self, said, **options)
+
+    return failing
 
 
 def test_two_commands_in_one_folder(manifest, tmp_path):

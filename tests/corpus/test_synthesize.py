@@ -175,7 +175,9 @@ def test_not_one_text_can_be_spoken(manifest, tmp_path, capsys):
         (["--voice", "{pitch: 200}"], "pitch 0 to 99"),
         (["--voice", "{vioce: en-us}"], "cannot be built"),
         (["--voice", "en-us"], "--voice: not a mapping"),
-        (["--workers", "0"], "start at 1"),
+        (["--workers", "0"], "--workers: 0 is out of range\n  → give 1 or more"),
+        (["--sample-rate", "16"], "give 1000 to 192000 Hz"),
+        (["--max-bad-fraction", "5"], "give 0 to 1"),
         (["--source", "a/b"], "cannot begin a file name"),
     ],
 )

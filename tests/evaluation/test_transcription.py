@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from salad_lightning.cli import main
+from salad_lightning.commands import transcribe
+from salad_lightning.corpus import align
 from salad_lightning.evaluation.transcription import ErrorRates, normalise
 from salad_lightning.testing.shards import save_speech_shards
 from salad_lightning.testing.tiny import SENTENCES
@@ -57,6 +60,13 @@ def test_rates_are_edits_over_the_length_of_the_reference():
         wer = sum(edits(a.split(), b.split()) for a, b in plain) / sum(len(a.split()) for a, _ in plain)
         cer = sum(edits(a, b) for a, b in plain) / sum(len(a) for a, _ in plain)
         assert figures == pytest.approx({"wer": wer, "cer": cer, "texts": len(pairs)})
+
+
+def test_a_device_is_found_as_by_align():
+    for module, model in ((transcribe, "--recognizer"), (align, "--model")):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        assert parser.parse_args(["shards", model, "m", "--output", "o"]).device == "auto"
 
 
 @pytest.mark.slow
