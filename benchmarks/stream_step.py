@@ -75,7 +75,8 @@ def _build() -> tuple[SpeechLLM, LanguageModel]:
     teacher.load_state_dict(llm.state_dict())
     teacher.requires_grad_(False)
     connector = CausalTransformerConnector(encoder_dim=encoder.output_dim, llm_dim=llm.dim, **MINI_CONNECTOR)
-    return SpeechLLM(llm=llm, encoder=encoder, connector=connector).train(), teacher.eval()
+    model = SpeechLLM(llm=llm, encoder=encoder, connector=connector, switch_embeddings=True)
+    return model.train(), teacher.eval()
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, outline
         raise UserError("no such checkpoint", where=where, cure=cure) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError, LookupError, ValueError) as error:
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise UserError(f"the checkpoint holds an object, {found[1]}", where=where, cure=PLAIN) from error
+            what = f"the checkpoint cannot be read without running code, as it holds an object of {found[1]}"
+            raise UserError(what, where=where, cure=f"trust none from others; in a run of yours, {PLAIN}") from error
         first = str(error).partition("\n")[0]
         raise UserError(f"the checkpoint cannot be read ({first})", where=where, cure=cure) from error
     if not isinstance(content, dict) or "state_dict" not in content:

@@ -152,7 +152,7 @@ def test_a_module_that_was_built_of_objects(world, trained, tmp_path, capsys):
         if told:
             assert "encoder, objective, optimizer)" in told[0]
             message = capsys.readouterr().err
-            for words in ("the checkpoint holds an object", "final.ckpt", "from_settings"):
+            for words in ("as it holds an object of", "final.ckpt", "from_settings"):
                 assert words in message
 
 
