@@ -203,15 +203,15 @@ class SpeechLLM(nn.Module):
 
 def _check_speech(connector: Connector, speech_KTD: Tensor, lengths_K: Tensor, announced_K: Tensor, dim: int) -> None:
     """Positions are counted long before the connector runs: more of them would overwrite the text before a span."""
-    spans, least = announced_K.shape[0], int(lengths_K.max())
+    spans, most = announced_K.shape[0], int(lengths_K.max())
     cure = "see salad_lightning.interfaces.Connector, and test it with salad_lightning.testing.contracts"
     where = type(connector).__name__
     if speech_KTD.ndim != 3 or speech_KTD.shape[0] != spans or speech_KTD.shape[2] != dim:
         raise UserError(
             f"its embeddings are {tuple(speech_KTD.shape)}, not [{spans}, T', {dim}]", where=where, cure=cure
         )
-    if least > speech_KTD.shape[1]:
-        raise UserError(f"it says {least} positions and gives {speech_KTD.shape[1]}", where=where, cure=cure)
+    if most > speech_KTD.shape[1]:
+        raise UserError(f"it says {most} positions and gives {speech_KTD.shape[1]}", where=where, cure=cure)
     wrong = (lengths_K != announced_K) if connector.exact else (lengths_K > announced_K)
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
