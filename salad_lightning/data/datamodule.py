@@ -69,17 +69,15 @@ class SpeechDataModule(LightningDataModule):
         for key, sources in (("train", train), ("val", val), ("test", test)):
             if sources is not None:
                 check_sources(sources, f"data.{key}")
-        counts = {
-            "rows_per_batch": rows_per_batch,
-            "eval_rows_per_batch": eval_rows_per_batch,
-            "shuffle_block": shuffle_block,
-            "lookahead": lookahead,
-        }
-        for key, count in counts.items():
-            if count < 1:
-                raise UserError(f"{count} is too small", where=f"data.{key}", cure="give 1 or more")
-        if num_workers < 0:
-            raise UserError(f"{num_workers} is too small", where="data.num_workers", cure="give 0 or more")
+        for key, count, least in (
+            ("rows_per_batch", rows_per_batch, 1),
+            ("eval_rows_per_batch", eval_rows_per_batch, 1),
+            ("shuffle_block", shuffle_block, 1),
+            ("lookahead", lookahead, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if count < least:
+                raise UserError(f"{count} is too small", where=f"data.{key}", cure=f"give {least} or more")
         for source in train or []:
             if source.documents.control == "shuffled":
                 raise UserError("the shuffled control is for evaluation", where=f"data.train: {source.name}")
